@@ -1,0 +1,86 @@
+// The plain argument structs and the table of kernels: everything the torch side and the kernels
+// agree on. No torch here, and no std templates in what the kernels include: each ISA's file is
+// compiled with its own flags, and an inline template compiled there could be the copy the linker
+// keeps for every machine.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace manyheads {
+
+// A number for the whole call, or one per batch element.
+struct PerBatch {
+  int64_t value;
+  const int32_t* values;  // [B] or null
+  int64_t at(int64_t b) const { return values ? values[b] : value; }
+};
+
+// Key bounds this far out mean "unbounded"; positions stay well inside int32.
+constexpr int64_t kUnbounded = int64_t(1) << 29;
+
+constexpr int kMaxRanges = 4;
+
+enum class PlanKind : int { full, band, intervals, dense };
+
+// Which keys a query may attend to; the meanings are those of manyheads/spec.py.
+struct Mask {
+  PlanKind kind;
+  // band
+  PerBatch left, right, first_n, key_start, key_end;  // left, right: kUnbounded for none
+  bool first_within_right;
+  // intervals: int32 [B|1, Hq|1, Lq, R, 2], contiguous in the last two axes
+  const int32_t* ranges;
+  int64_t ranges_stride[3];  // elements, over b, h, row; 0 where broadcast
+  int64_t num_ranges;
+  // dense: bool [B|1, Hq|1, Lq, Lk], keys contiguous
+  const uint8_t* allowed;
+  int64_t allowed_stride[3];  // over b, h, row
+};
+
+// What is added to scale * s after softcap; null pointers are absent parts.
+struct Bias {
+  const float* slopes;           // [Hq]: adds -slope * |p - j|
+  const float* distance_values;  // [Hq, N]: adds values[h, clamp(j - p + offset, 0, N - 1)]
+  int64_t num_distances, distance_offset;
+  const float* dense;       // [B|1, Hq|1, Lq|1, Lk|1]
+  int64_t dense_stride[4];  // over b, h, row, key; the last is 1 or 0
+};
+
+struct Forward {
+  int64_t B, Hq, Hkv, Lq, Lk, D, Dv;
+  const float* query;  // [B, Hq, Lq, D]; rows contiguous (last stride 1), as in all four
+  const float* key;    // [B, Hkv, Lk, D]
+  const float* value;  // [B, Hkv, Lk, Dv]
+  float* out;          // [B, Hq, Lq, Dv]
+  int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // over b, h, row
+  float* lse;                // [B, Hq, Lq] contiguous, or null
+  const float* sinks;        // [Hq] or null
+  float scale;
+  float softcap;             // 0: none (Python has checked that a given one is positive)
+  PerBatch query_start;      // p = query_start + row, unless
+  const int32_t* positions;  // [B|1, Lq] is given: p = positions[b, row]
+  int64_t positions_stride;  // over b
+  Mask mask;
+  Bias bias;
+};
+
+// One ISA's kernels. A call is cut into `num_tiles` independent tiles, in the order they should be
+// handed out; any thread may run any tile, with `scratch_bytes` of 64-byte-aligned memory of its own.
+struct Kernels {
+  const char* name;
+  int64_t (*num_tiles)(const Forward&);
+  int64_t (*scratch_bytes)(const Forward&);
+  void (*forward)(const Forward&, int64_t tile, void* scratch);
+};
+
+// cpu.cpp: the kernels for this machine, chosen once; MANYHEADS_ISA overrides. Null with `error`
+// set when the override names an ISA that is unknown or that this machine lacks.
+struct Choice {
+  const Kernels* kernels;
+  const char* error;
+};
+Choice choose_kernels();
+const char* detected_isas();  // e.g. "avx512 avx2 scalar"
+
+}  // namespace manyheads
