@@ -38,3 +38,7 @@ class StrictError(BackendError):
 
 class MissingDependencyError(ManyHeadsError, ImportError):
     """An optional package is needed for this feature and is not installed."""
+
+
+class FetchError(ManyHeadsError, RuntimeError):
+    """A model's files could not be fetched, or are not the ones that were expected."""

@@ -1,0 +1,195 @@
+"""Timing two ways of computing the same thing, fairly: the one place where this project times.
+
+The two are checked against each other first, then run in turn, pair by pair, in one process, so
+that whatever else the machine does falls on both. What is reported is the ratio inside each pair
+and its spread; medians of separate runs are not compared.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.errors import ManyHeadsError
+
+#: More than this share of one core taken by others, and a timing is not called quiet.
+QUIET_LIMIT = 0.05
+
+#: One sample lasts at least this long; shorter calls are repeated inside it.
+SHORTEST_SAMPLE_SECONDS = 0.02
+
+
+class DisagreementError(ManyHeadsError, AssertionError):
+    """The two things to be timed do not compute the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` measured: seconds per call of both sides, pair by pair.
+
+    others: the share of one core that other processes (and the hypervisor) took from our cores
+        meanwhile; None where the system does not tell.
+    """
+
+    ours: tuple[float, ...]
+    peer: tuple[float, ...]
+    others: float | None
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Peer time over our time, per pair: above 1 means ours is faster."""
+        return tuple(peer / ours for ours, peer in zip(self.ours, self.peer, strict=True))
+
+    @property
+    def speedup(self) -> float:
+        """The median of the per-pair ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The smallest and the largest per-pair ratio."""
+        return min(self.ratios), max(self.ratios)
+
+    @property
+    def ours_seconds(self) -> float:
+        return statistics.median(self.ours)
+
+    @property
+    def peer_seconds(self) -> float:
+        return statistics.median(self.peer)
+
+    @property
+    def quiet(self) -> bool | None:
+        """Whether the machine was left to us; None where the system does not tell."""
+        return None if self.others is None else self.others <= QUIET_LIMIT
+
+
+def compare(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    pairs: int = 7,
+    warmup: int = 2,
+    check: Callable[[Any, Any], None] | None = None,
+) -> Comparison:
+    """Time two zero-argument callables in turn, after checking that they agree.
+
+    check: called with both results, raises if they differ; default `check_close`.
+
+    >>> x = torch.ones(64)
+    >>> result = compare(lambda: x * 2, lambda: x + x, pairs=3)
+    >>> len(result.ratios), result.spread[0] <= result.speedup <= result.spread[1]
+    (3, True)
+    """
+    (check or check_close)(ours(), peer())
+    for _ in range(warmup):
+        ours()
+        peer()
+    calls = _calls_per_sample(ours), _calls_per_sample(peer)
+    our_times: list[float] = []
+    peer_times: list[float] = []
+    watch = BusyWatch()
+    for pair in range(pairs):
+        # Whoever goes second finds the caches as the other left them, so the order alternates.
+        sides = [(ours, calls[0], our_times), (peer, calls[1], peer_times)]
+        for run, count, times in sides if pair % 2 == 0 else reversed(sides):
+            times.append(_seconds_per_call(run, count))
+    return Comparison(tuple(our_times), tuple(peer_times), watch.others())
+
+
+def check_close(ours: Any, peer: Any, tolerance: float = 1e-4) -> None:
+    """Raise DisagreementError unless two tensors agree to `tolerance` of the largest value."""
+    if not (isinstance(ours, Tensor) and isinstance(peer, Tensor)):
+        return
+    if ours.shape != peer.shape:
+        raise DisagreementError(
+            f"the two sides differ in shape: {tuple(ours.shape)} and {tuple(peer.shape)}."
+        )
+    difference = (ours.double() - peer.double()).abs().max().item() if ours.numel() else 0.0
+    limit = tolerance * (peer.double().abs().max().item() if peer.numel() else 1.0)
+    if not difference <= limit:  # also catches NaN
+        raise DisagreementError(
+            f"the two sides differ by up to {difference:.3g}, expected at most {limit:.3g}; "
+            "a timing of different results means nothing."
+        )
+
+
+def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, value_dim: int) -> int:
+    """Useful operations of one attention: a multiply and an add per pair, in Q K^T and in P V.
+
+    pairs: how many (query, key) pairs one head may attend to; L * (L + 1) / 2 when causal.
+
+    >>> attention_flops(batch=1, heads=2, pairs=10, head_dim=3, value_dim=5)
+    320
+    """
+    return 2 * batch * heads * pairs * (head_dim + value_dim)
+
+
+def fma_peak(seconds: float = 0.3) -> float | None:
+    """This machine's float32 multiply-add rate in GFLOP/s, measured now on the threads in use.
+
+    None when the native library is not there to measure it.
+    """
+    try:
+        from manyheads import _ops  # noqa: F401  (loads the library)
+
+        return float(torch.ops.manyheads.fma_peak(seconds))
+    except (ImportError, AttributeError, RuntimeError):
+        return None
+
+
+class BusyWatch:
+    """How much of our cores others use between its creation and `others()`.
+
+    Linux counts each core's busy time in hundredths of a second; what this process used itself is
+    taken off. Time stolen by a hypervisor counts as others'.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def others(self) -> float | None:
+        """Cores' worth of time taken by others since the start; None where it cannot be told."""
+        end = self._read()
+        if self._start is None or end is None:
+            return None
+        elapsed, busy, own = (b - a for a, b in zip(self._start, end, strict=True))
+        if elapsed <= 0:
+            return None
+        return max(0.0, busy - own) / elapsed
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """(wall, busy on our cores, used by us), in seconds."""
+        try:
+            lines = Path("/proc/stat").read_text().splitlines()
+            cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+            tick = os.sysconf("SC_CLK_TCK")
+        except (OSError, AttributeError, ValueError):
+            return None
+        busy = 0
+        for name, *fields in (line.split() for line in lines):
+            if name in cores:
+                user, nice, system, _idle, _iowait, irq, soft_irq, steal = map(int, fields[:8])
+                busy += user + nice + system + irq + soft_irq + steal
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        return time.perf_counter(), busy / tick, own
+
+
+def _calls_per_sample(run: Callable[[], Any]) -> int:
+    return max(1, round(SHORTEST_SAMPLE_SECONDS / max(_seconds_per_call(run, 1), 1e-7)))
+
+
+def _seconds_per_call(run: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - start) / count
