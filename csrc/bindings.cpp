@@ -1,0 +1,346 @@
+// The torch side of the kernels, on LibTorch's stable ABI: the only file that includes torch.
+//
+// Python (functional.py) has already refused bad arguments with good messages. What is checked here
+// again is what keeps memory safe: ranks, sizes, dtypes, strides.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+
+namespace manyheads {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void check(bool fine, const char* what) {
+  if (!fine) {
+    throw std::runtime_error(std::string("manyheads::attention_forward: expected ") + what +
+                             "; call manyheads.attention, which checks and converts arguments");
+  }
+}
+
+// A tensor's header, read once.
+struct View {
+  const void* data;
+  ScalarType dtype;
+  int64_t dim;
+  const int64_t* sizes;
+  const int64_t* strides;
+
+  explicit View(const Tensor& t)
+      : data(t.const_data_ptr()),
+        dtype(t.scalar_type()),
+        dim(t.dim()),
+        sizes(t.sizes().data()),
+        strides(t.strides().data()) {
+    check(t.is_cpu(), "every tensor on the CPU");
+  }
+
+  bool is(ScalarType type, int64_t rank) const { return dtype == type && dim == rank; }
+  bool unit_stride(int64_t axis) const { return sizes[axis] <= 1 || strides[axis] == 1; }
+  // Size `full`, or 1 standing for it.
+  bool broadcasts(int64_t axis, int64_t full) const {
+    return sizes[axis] == full || sizes[axis] == 1;
+  }
+  int64_t broadcast_stride(int64_t axis) const { return sizes[axis] == 1 ? 0 : strides[axis]; }
+  template <typename T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+void read_inputs(Forward& f, const Tensor& query, const Tensor& key, const Tensor& value) {
+  const View q(query), k(key), v(value);
+  check(q.is(ScalarType::Float, 4), "query float32 [B, Hq, Lq, D]");
+  check(k.is(ScalarType::Float, 4), "key float32 [B, Hkv, Lk, D]");
+  check(v.is(ScalarType::Float, 4), "value float32 [B, Hkv, Lk, Dv]");
+  f.B = q.sizes[0], f.Hq = q.sizes[1], f.Lq = q.sizes[2], f.D = q.sizes[3];
+  f.Hkv = k.sizes[1], f.Lk = k.sizes[2], f.Dv = v.sizes[3];
+  check(k.sizes[0] == f.B && v.sizes[0] == f.B, "one batch size in query, key and value");
+  check(v.sizes[1] == f.Hkv && v.sizes[2] == f.Lk, "one head count and length in key and value");
+  check(k.sizes[3] == f.D, "one head size in query and key");
+  check(f.D >= 1 && f.D <= 256 && f.Dv >= 1 && f.Dv <= 256, "head sizes from 1 to 256");
+  check(f.Hkv > 0 ? f.Hq % f.Hkv == 0 : f.Hq == 0, "query heads a multiple of key/value heads");
+  check(f.Lq < kUnbounded && f.Lk < kUnbounded, "lengths below 2^29");
+  check(q.unit_stride(3) && k.unit_stride(3) && v.unit_stride(3), "rows contiguous in memory");
+  f.query = q.as<float>(), f.key = k.as<float>(), f.value = v.as<float>();
+  std::copy_n(q.strides, 3, f.query_stride);
+  std::copy_n(k.strides, 3, f.key_stride);
+  std::copy_n(v.strides, 3, f.value_stride);
+}
+
+// The band's numbers in the order of the schema's `band`, which ends in first_within_right and a
+// bit set: bit i says that number i is per batch and is the next row of `rows` int32 [n, B].
+void read_band(Forward& f, const std::vector<int64_t>& band, const OptionalTensor& rows) {
+  PerBatch* const numbers[] = {&f.query_start,  &f.mask.left,      &f.mask.right,
+                               &f.mask.first_n, &f.mask.key_start, &f.mask.key_end};
+  constexpr int64_t kNumbers = 6;
+  check(band.size() == kNumbers + 2, "8 numbers in band");
+  const int64_t per_batch = band[kNumbers + 1];
+  const int32_t* row = nullptr;
+  int64_t num_rows = 0;
+  if (rows) {
+    const View r(*rows);
+    check(r.is(ScalarType::Int, 2) && r.sizes[1] == f.B, "band_rows int32 [n, B]");
+    check(rows->is_contiguous(), "band_rows contiguous");
+    row = r.as<int32_t>(), num_rows = r.sizes[0];
+  }
+  for (int64_t i = 0; i < kNumbers; ++i) {
+    *numbers[i] = {std::clamp(band[i], -kUnbounded, kUnbounded), nullptr};
+    if (per_batch >> i & 1) {
+      check(num_rows-- > 0, "a row of band_rows for each per-batch number");
+      numbers[i]->values = row;
+      row += f.B;
+    }
+  }
+  check(num_rows == 0, "as many rows of band_rows as per-batch numbers");
+  f.mask.first_within_right = band[kNumbers] != 0;
+  const bool everything = per_batch == 0 && f.mask.left.value == kUnbounded &&
+                          f.mask.right.value == kUnbounded && f.mask.key_start.value <= 0 &&
+                          f.mask.key_end.value >= f.Lk;
+  f.mask.kind = everything ? PlanKind::full : PlanKind::band;
+}
+
+void read_positions(Forward& f, const OptionalTensor& positions) {
+  if (!positions) return;
+  const View p(*positions);
+  check(p.is(ScalarType::Int, 2) && p.broadcasts(0, f.B) && p.sizes[1] == f.Lq && p.unit_stride(1),
+        "query_positions int32 [B or 1, Lq], rows contiguous");
+  f.positions = p.as<int32_t>();
+  f.positions_stride = p.broadcast_stride(0);
+}
+
+void read_intervals(Forward& f, const OptionalTensor& intervals) {
+  if (!intervals) return;
+  const View r(*intervals);
+  check(r.is(ScalarType::Int, 5) && r.broadcasts(0, f.B) && r.broadcasts(1, f.Hq) &&
+            r.sizes[2] == f.Lq && r.sizes[3] >= 1 && r.sizes[3] <= kMaxRanges && r.sizes[4] == 2,
+        "intervals int32 [B or 1, Hq or 1, Lq, 1 to 4, 2]");
+  check((r.sizes[3] == 1 || r.strides[3] == 2) && r.strides[4] == 1,
+        "intervals contiguous in its last two axes");
+  f.mask.kind = PlanKind::intervals;
+  f.mask.ranges = r.as<int32_t>();
+  f.mask.num_ranges = r.sizes[3];
+  for (int i = 0; i < 3; ++i) f.mask.ranges_stride[i] = r.broadcast_stride(i);
+}
+
+void read_allowed(Forward& f, const OptionalTensor& allowed) {
+  if (!allowed) return;
+  check(f.mask.kind != PlanKind::intervals, "either intervals or allowed, not both");
+  const View a(*allowed);
+  check(a.is(ScalarType::Bool, 4) && a.broadcasts(0, f.B) && a.broadcasts(1, f.Hq) &&
+            a.sizes[2] == f.Lq && a.sizes[3] == f.Lk && a.unit_stride(3),
+        "allowed bool [B or 1, Hq or 1, Lq, Lk], rows contiguous");
+  f.mask.kind = PlanKind::dense;
+  f.mask.allowed = a.as<uint8_t>();
+  for (int i = 0; i < 3; ++i) f.mask.allowed_stride[i] = a.broadcast_stride(i);
+}
+
+const float* read_per_head(const Forward& f, const OptionalTensor& values, const char* what) {
+  if (!values) return nullptr;
+  const View v(*values);
+  check(v.is(ScalarType::Float, 1) && v.sizes[0] == f.Hq && v.unit_stride(0), what);
+  return v.as<float>();
+}
+
+void read_bias(Forward& f, const OptionalTensor& slopes, const OptionalTensor& distance_values,
+               int64_t distance_offset, const OptionalTensor& dense) {
+  f.bias.slopes = read_per_head(f, slopes, "slopes float32 [Hq]");
+  if (distance_values) {
+    const View d(*distance_values);
+    check(d.is(ScalarType::Float, 2) && d.sizes[0] == f.Hq && d.sizes[1] >= 1 &&
+              distance_values->is_contiguous(),
+          "distance_values float32 [Hq, N], contiguous, N at least 1");
+    f.bias.distance_values = d.as<float>();
+    f.bias.num_distances = d.sizes[1];
+    f.bias.distance_offset = std::clamp(distance_offset, -kUnbounded, kUnbounded);
+  }
+  if (dense) {
+    const View d(*dense);
+    check(d.is(ScalarType::Float, 4) && d.broadcasts(0, f.B) && d.broadcasts(1, f.Hq) &&
+              d.broadcasts(2, f.Lq) && d.broadcasts(3, f.Lk),
+          "dense_bias float32 [B or 1, Hq or 1, Lq or 1, Lk or 1]");
+    f.bias.dense = d.as<float>();
+    for (int i = 0; i < 4; ++i) f.bias.dense_stride[i] = d.broadcast_stride(i);
+    check(f.bias.dense_stride[3] == 0 || f.bias.dense_stride[3] == 1,
+          "dense_bias with a key stride of 0 or 1");
+  }
+}
+
+Tensor empty_float(int64_t rank, const int64_t* sizes, const int64_t* strides) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// [B, Hq, Lq, Dv] in the query's layout: where a position's heads lie side by side in the query
+// (a transposed [B, L, H, D]) they do in the output, so that merging them for the output
+// projection copies nothing. _ops.py's fake says the same.
+Tensor make_out(Forward& f) {
+  const bool heads_inside_rows = f.query_stride[1] < f.query_stride[2];
+  const int64_t sizes[] = {f.B, f.Hq, f.Lq, f.Dv};
+  // As torch does for empty tensors, strides count an axis of size 0 as 1.
+  const int64_t heads = std::max<int64_t>(f.Hq, 1), rows = std::max<int64_t>(f.Lq, 1);
+  const int64_t strides[] = {heads * rows * f.Dv, heads_inside_rows ? f.Dv : rows * f.Dv,
+                             heads_inside_rows ? heads * f.Dv : f.Dv, 1};
+  Tensor out = empty_float(4, sizes, strides);
+  std::copy_n(strides, 3, f.out_stride);
+  f.out = static_cast<float*>(out.mutable_data_ptr());
+  return out;
+}
+
+Tensor make_lse(Forward& f, bool need_lse) {
+  const int64_t none = 0, one = 1;
+  if (!need_lse) return empty_float(1, &none, &one);
+  const int64_t sizes[] = {f.B, f.Hq, f.Lq};
+  const int64_t heads = std::max<int64_t>(f.Hq, 1), rows = std::max<int64_t>(f.Lq, 1);
+  const int64_t strides[] = {heads * rows, rows, 1};
+  Tensor lse = empty_float(3, sizes, strides);
+  f.lse = static_cast<float*>(lse.mutable_data_ptr());
+  return lse;
+}
+
+// No keys: nothing to attend to but the sinks.
+void fill_without_keys(const Forward& f) {
+  std::fill_n(f.out, f.B * f.Hq * f.Lq * f.Dv, 0.0f);  // either layout is dense
+  if (f.lse == nullptr) return;
+  for (int64_t i = 0; i < f.B * f.Hq; ++i) {
+    const float none = -std::numeric_limits<float>::infinity();
+    std::fill_n(f.lse + i * f.Lq, f.Lq, f.sinks ? f.sinks[i % f.Hq] : none);
+  }
+}
+
+// Memory for the tiles, kept by the calling thread from one call to the next: fresh pages for every
+// call would cost more than a decoding step. Above kKeptBytes it is given back.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : kept_(bytes <= kKeptBytes) {
+    Buffer& buffer = kept_ ? kept() : own_;
+    if (buffer.bytes < bytes) {
+      buffer.memory.reset();
+      buffer.bytes = 0;
+      buffer.memory.reset(static_cast<std::byte*>(::operator new(bytes, kAlignment)));
+      buffer.bytes = bytes;
+    }
+    data_ = buffer.memory.get();
+  }
+  std::byte* data() const { return data_; }
+
+ private:
+  static constexpr size_t kKeptBytes = size_t(16) << 20;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(std::byte* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  struct Buffer {
+    std::unique_ptr<std::byte, Free> memory;
+    size_t bytes = 0;
+  };
+  static Buffer& kept() {
+    thread_local Buffer buffer;
+    return buffer;
+  }
+  bool kept_;
+  Buffer own_;
+  std::byte* data_;
+};
+
+// Threads take tiles from one counter, in the order the kernel wants them handed out. Nothing in
+// the parallel part can throw: an exception must not cross torch's callback.
+void run_tiles(const Kernels& kernels, const Forward& f) {
+  const int64_t tiles = kernels.num_tiles(f);
+  if (tiles <= 0) return;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
+  const size_t each = (size_t(kernels.scratch_bytes(f)) + 63) / 64 * 64;
+  const Scratch scratch(each * size_t(threads));
+  std::byte* const memory = scratch.data();
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t first, int64_t last) noexcept {
+    for (int64_t worker = first; worker < last; ++worker) {
+      void* const mine = memory + size_t(worker) * each;
+      for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
+        kernels.forward(f, tile, mine);
+      }
+    }
+  };
+  if (threads == 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, double softcap,
+    const OptionalTensor& sinks, const std::vector<int64_t>& band, const OptionalTensor& band_rows,
+    const OptionalTensor& query_positions, const OptionalTensor& intervals,
+    const OptionalTensor& allowed, const OptionalTensor& slopes,
+    const OptionalTensor& distance_values, int64_t distance_offset,
+    const OptionalTensor& dense_bias, bool need_lse) {
+  const Choice choice = choose_kernels();
+  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  Forward f{};
+  read_inputs(f, query, key, value);
+  read_band(f, band, band_rows);
+  read_positions(f, query_positions);
+  read_intervals(f, intervals);
+  read_allowed(f, allowed);
+  read_bias(f, slopes, distance_values, distance_offset, dense_bias);
+  f.sinks = read_per_head(f, sinks, "sinks float32 [Hq]");
+  f.scale = float(scale);
+  f.softcap = float(softcap);
+  Tensor out = make_out(f);
+  Tensor lse = make_lse(f, need_lse);
+  if (f.B * f.Hq * f.Lq > 0) {
+    if (f.Lk == 0) {
+      fill_without_keys(f);
+    } else {
+      run_tiles(*choice.kernels, f);
+    }
+  }
+  return {out, lse};
+}
+
+// (ISA in use, every ISA this machine has, why none is in use): one of the first and third is "".
+std::tuple<std::string, std::string, std::string> cpu_kernels() {
+  const Choice choice = choose_kernels();
+  return {choice.kernels ? choice.kernels->name : "", detected_isas(),
+          choice.error ? choice.error : ""};
+}
+
+}  // namespace
+}  // namespace manyheads
+
+STABLE_TORCH_LIBRARY(manyheads, m) {
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, float scale, float softcap, "
+      "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
+      "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
+      "SymInt distance_offset, Tensor? dense_bias, bool need_lse) -> (Tensor out, Tensor lse)");
+  m.def("cpu_kernels() -> (str name, str detected, str error)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&manyheads::attention_forward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {
+  m.impl("cpu_kernels", TORCH_BOX(&manyheads::cpu_kernels));
+}

@@ -1,0 +1,122 @@
+// Which kernels this machine runs: the first ISA of the list below whose instructions the processor
+// has AND whose registers the operating system saves, decided once per process.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "attention.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace manyheads {
+
+extern const Kernels kKernelsScalar;
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
+#endif
+
+namespace {
+
+enum Feature : unsigned {
+  kAvx2 = 1u << 0,
+  kFma = 1u << 1,
+  kAvx512F = 1u << 2,
+  kAvx512Dq = 1u << 3,
+  kAvx512Bw = 1u << 4,
+  kAvx512Vl = 1u << 5,
+};
+
+struct Isa {
+  const Kernels& kernels;
+  unsigned required;
+};
+
+// In order of preference.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {kKernelsAvx512, kAvx2 | kFma | kAvx512F | kAvx512Dq | kAvx512Bw | kAvx512Vl},
+    {kKernelsAvx2, kAvx2 | kFma},
+#endif
+    {kKernelsScalar, 0},
+};
+
+#if defined(__x86_64__)
+
+uint64_t saved_register_state() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t(high) << 32) | low;
+}
+
+unsigned detect_features() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+  constexpr unsigned kOsXsave = 1u << 27, kAvx = 1u << 28, kFmaBit = 1u << 12;
+  if (!(ecx & kOsXsave) || !(ecx & kAvx)) return 0;
+  const uint64_t saved = saved_register_state();
+  constexpr uint64_t kYmm = 0x06;  // SSE and upper halves of YMM
+  constexpr uint64_t kZmm = 0xe6;  // those, mask registers, both parts of ZMM
+  if ((saved & kYmm) != kYmm) return 0;
+  const unsigned fma = (ecx & kFmaBit) ? unsigned(kFma) : 0u;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return fma;
+  unsigned found = fma;
+  if (ebx & (1u << 5)) found |= kAvx2;
+  if ((saved & kZmm) == kZmm) {
+    if (ebx & (1u << 16)) found |= kAvx512F;
+    if (ebx & (1u << 17)) found |= kAvx512Dq;
+    if (ebx & (1u << 30)) found |= kAvx512Bw;
+    if (ebx & (1u << 31)) found |= kAvx512Vl;
+  }
+  return found;
+}
+
+#else
+
+unsigned detect_features() { return 0; }
+
+#endif
+
+bool available(const Isa& isa) {
+  static const unsigned features = detect_features();
+  return (features & isa.required) == isa.required;
+}
+
+std::string list_detected() {
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    if (!available(isa)) continue;
+    if (!names.empty()) names += ' ';
+    names += isa.kernels.name;
+  }
+  return names;
+}
+
+Choice decide() {
+  const char* wanted = std::getenv("MANYHEADS_ISA");
+  const bool forced = wanted != nullptr && wanted[0] != '\0';
+  for (const Isa& isa : kIsas) {
+    if (!available(isa)) continue;
+    if (!forced || std::strcmp(wanted, isa.kernels.name) == 0) return {&isa.kernels, nullptr};
+  }
+  static const std::string error = "MANYHEADS_ISA is '" + std::string(wanted ? wanted : "") +
+                                   "', expected one that this machine has: " + list_detected() +
+                                   "; unset it to let manyheads choose";
+  return {nullptr, error.c_str()};
+}
+
+}  // namespace
+
+Choice choose_kernels() {
+  static const Choice choice = decide();
+  return choice;
+}
+
+const char* detected_isas() {
+  static const std::string names = list_detected();
+  return names.c_str();
+}
+
+}  // namespace manyheads

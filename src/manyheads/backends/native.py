@@ -1,0 +1,138 @@
+"""Our own kernels: float32 attention on the CPU, for AVX-512, AVX2 or plain C++.
+
+K and V are read in place whatever their strides, as long as each row is contiguous; grouped heads
+share them; masked blocks are skipped; memory beyond inputs and output is a few tiles per thread.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manyheads import _ops
+from manyheads.spec import (
+    AttentionCall,
+    AttentionSpec,
+    BandPlan,
+    DensePlan,
+    IntervalsPlan,
+    PerBatch,
+)
+
+NAME = "native"
+
+_MAX_HEAD_DIM = 256
+
+
+def why_not(spec: AttentionSpec) -> list[str]:
+    """Every reason against running this call here; empty if it can.
+
+    Raises:
+        ArgumentError: the environment variable MANYHEADS_ISA names kernels that are not there. It
+            was set to be obeyed, so no other backend quietly takes over.
+    """
+    _ops.check_isa_override()
+    reasons = []
+    if _ops.LIBRARY_ERROR is not None:
+        reasons.append(_ops.LIBRARY_ERROR)
+    if spec.device != "cpu":
+        reasons.append(f"tensors are on {spec.device}, these kernels run on the cpu")
+    if spec.dtype is not torch.float32:
+        reasons.append(f"dtype is {spec.dtype}, these kernels take torch.float32")
+    if spec.needs_grad:
+        reasons.append("a gradient is needed, these kernels have no backward yet")
+    if spec.dropout:
+        reasons.append("dropout is asked for, these kernels have none yet")
+    if not 1 <= spec.head_dim <= _MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {spec.head_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
+    if not 1 <= spec.value_dim <= _MAX_HEAD_DIM:
+        reasons.append(f"value_dim is {spec.value_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
+    if spec.transformed:
+        reasons.append("inside a torch.func transform, which these kernels do not follow")
+    return reasons
+
+
+def memory_note(spec: AttentionSpec) -> str | None:
+    """None: beyond a dense mask or bias that the caller made, memory does not grow with Lq * Lk."""
+    return None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Compute the call; only for specs that `why_not` has nothing against.
+
+    Returns out float32 [B, Hq, Lq, Dv] in the query's memory layout, and lse float32 [B, Hq, Lq]
+    if the call needs it.
+    """
+    plan, bias = call.plan, call.bias
+    band, band_rows = _band(call)
+    rows = call.positions.rows
+    out, lse = torch.ops.manyheads.attention_forward.default(
+        _contiguous_rows(call.query),
+        _contiguous_rows(call.key),
+        _contiguous_rows(call.value),
+        call.scale,
+        0.0 if call.softcap is None else call.softcap,
+        None if call.sinks is None else _float(call.sinks),
+        band,
+        band_rows,
+        None if rows is None else rows.to(torch.int32).contiguous(),
+        plan.ranges if isinstance(plan, IntervalsPlan) else None,
+        _contiguous_rows(plan.allowed) if isinstance(plan, DensePlan) else None,
+        None if bias.slopes is None else _float(bias.slopes),
+        None if bias.distance_values is None else _float(bias.distance_values),
+        bias.distance_offset,
+        None if bias.dense is None else _dense_bias(bias.dense),
+        call.needs_lse,
+    )
+    return out, lse if call.needs_lse else None
+
+
+def _band(call: AttentionCall) -> tuple[list[int], Tensor | None]:
+    """The operator's `band` and `band_rows`.
+
+    Six numbers (query_start, left, right, first_n, key_start, key_end), first_within_right, and a
+    bit set: bit i says that number i differs by batch element and is the next row of `band_rows`
+    int32 [n, B]. Plain numbers, the common case, cost no tensor.
+    """
+    plan, start, k_len = call.plan, call.positions.start, call.geometry.k_len
+    if not isinstance(plan, BandPlan):
+        if isinstance(start, int):
+            return [start, _ops.UNBOUNDED, _ops.UNBOUNDED, 0, 0, k_len, 1, 0], None
+        plan = BandPlan()
+    numbers: list[PerBatch] = [
+        start,
+        _ops.UNBOUNDED if plan.left is None else plan.left,
+        _ops.UNBOUNDED if plan.right is None else plan.right,
+        plan.first_n,
+        plan.key_start,
+        k_len if plan.key_end is None else plan.key_end,
+    ]
+    band: list[int] = []
+    per_batch: list[Tensor] = []
+    bits = 0
+    for i, number in enumerate(numbers):
+        if isinstance(number, Tensor):
+            per_batch.append(number.to(torch.int32))
+            bits |= 1 << i
+            band.append(0)
+        else:
+            band.append(number)
+    band += [int(plan.first_within_right), bits]
+    return band, torch.stack(per_batch) if per_batch else None
+
+
+def _contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself unless its last axis is strided; every other stride is used in place."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
+def _dense_bias(bias: Tensor) -> Tensor:
+    """float32, key stride 0 (one value for all keys) or 1."""
+    bias = bias.to(torch.float32)
+    if bias.shape[3] == 1 or bias.stride(3) == 1:
+        return bias
+    return bias[..., :1] if bias.stride(3) == 0 else bias.contiguous()
