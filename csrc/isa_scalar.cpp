@@ -1,0 +1,9 @@
+// clang-format off: the vectors come first, the kernels are written over them
+#include "vec_scalar.h"
+#include "kernel/forward.h"
+// clang-format on
+
+namespace manyheads {
+extern const Kernels kKernelsScalar;
+const Kernels kKernelsScalar{"scalar", num_items, scratch_bytes, forward};
+}  // namespace manyheads

@@ -1,0 +1,58 @@
+// The one micro-kernel: C[r][lane] = sum over t of A[r][t] * B[t][lane].
+//
+// A is broadcast, one float at a time, from where it lies in memory; B and C have `N` vectors of
+// lanes. 8 x 3, 12 x 2 or 16 x 1 accumulators hide the FMA's latency and need fewer loads than two
+// load ports give. Each C[r][lane] is one chain of FMAs in ascending t from zero, whatever R and N
+// are: that is what makes results independent of how work was cut.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+template <int N>
+constexpr int kRows = N == 3 ? Vec::kRows3 : N == 2 ? Vec::kRows2 : Vec::kRows1;
+
+// One register tile. `Use` takes the finished tile: use(row, c). Out of line, so that each has the
+// registers to itself.
+template <int R, int N, bool kRowsAdjacent, class Use>
+[[gnu::noinline]] void multiply_tile(const float* a, int64_t stride, const float* b, int64_t T,
+                                     int64_t row, Use use) {
+  const int64_t a_row = kRowsAdjacent ? 1 : stride, a_step = kRowsAdjacent ? stride : 1;
+  a += row * a_row;
+  Vec c[R][N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) c[r][n] = zero();
+  for (int64_t t = 0; t < T; ++t) {
+    Vec lanes[N];
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) lanes[n] = load(b + n * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec x = set(a[r * a_row]);
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) c[r][n] = fma(x, lanes[n], c[r][n]);
+    }
+    a += a_step;
+    b += N * Vec::kLanes;
+  }
+  use(row, c);
+}
+
+// C for rows [begin, end) of A: full register tiles first, then halves of what is left.
+// A is [rows][T]: with kRowsAdjacent a[t * stride + row] (V, used as its transpose), otherwise
+// a[row * stride + t] (K). B is [T][N * kLanes].
+template <int N, bool kRowsAdjacent, int R = kRows<N>, class Use>
+inline void multiply_rows(const float* a, int64_t stride, const float* b, int64_t T, int64_t begin,
+                          int64_t end, Use use) {
+  for (; end - begin >= R; begin += R)
+    multiply_tile<R, N, kRowsAdjacent>(a, stride, b, T, begin, use);
+  if constexpr (R > 1) {
+    constexpr int kNext = R > 8 ? 8 : R / 2;
+    multiply_rows<N, kRowsAdjacent, kNext>(a, stride, b, T, begin, end, use);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,123 @@
+// Vec for AVX2 and FMA: 8 float lanes, 16 registers.
+// Every vec_*.h offers the same names; the kernels are written over them and nothing else.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  static constexpr int kRows3 = 4, kRows2 = 6, kRows1 = 8;  // micro-kernel rows at 3, 2, 1 vectors
+  __m256 v;
+};
+struct VecI {
+  __m256i v;
+};
+struct Lanes {  // all bits of a lane set, or none
+  __m256 v;
+};
+
+inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec zero() { return {_mm256_setzero_ps()}; }
+inline Vec set(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load_some(const float* p, int64_t n) {  // lanes n.. are zero and not read
+  return {_mm256_maskload_ps(p, first_lanes(n))};
+}
+inline Vec load_bytes(const uint8_t* p, int64_t n) {  // the first n bytes as floats, then zeros
+  uint64_t bytes = 0;
+  __builtin_memcpy(&bytes, p, n >= 8 ? 8 : n);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))))};
+}
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
+inline void store_some(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x.v); }
+
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+
+inline Vec select(Lanes which, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, which.v)};
+}
+inline Lanes equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Lanes less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Lanes is_nan(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Lanes has_sign(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_srai_epi32(_mm256_castps_si256(a.v), 31))};
+}
+inline Lanes both(Lanes a, Lanes b) { return {_mm256_and_ps(a.v, b.v)}; }
+inline Lanes either(Lanes a, Lanes b) { return {_mm256_or_ps(a.v, b.v)}; }
+inline bool any(Lanes a) { return _mm256_movemask_ps(a.v) != 0; }
+inline bool all(Lanes a) { return _mm256_movemask_ps(a.v) == 0xff; }
+
+inline VecI set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline VecI load_int(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline VecI operator+(VecI a, VecI b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline VecI operator-(VecI a, VecI b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline VecI min(VecI a, VecI b) { return {_mm256_min_epi32(a.v, b.v)}; }
+inline VecI max(VecI a, VecI b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline Vec to_float(VecI a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
+  return {_mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(low.v, x.v),
+                                                  _mm256_cmpgt_epi32(high.v, x.v)))};
+}
+inline Vec gather(const float* base, VecI index) {
+  return {_mm256_i32gather_ps(base, index.v, 4)};
+}
+
+// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below -126 (so at -inf), NaN at NaN.
+// 2^x = 2^n 2^f with n the nearest integer: a degree-5 minimax polynomial for 2^f on [-1/2, 1/2]
+// (relative error 1.6e-7 in float32) whose constant term is pinned to 1; n goes into the exponent.
+inline Vec exp2(Vec x) {
+  const __m256 low = _mm256_set1_ps(-126.0f);
+  const __m256 y = _mm256_max_ps(low, x.v);  // in this order NaN stays NaN
+  const __m256 n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 f = _mm256_sub_ps(y, n);
+  __m256 p = _mm256_set1_ps(0x1.5bba14p-10f);
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.3cea88p-7f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.c6b752p-5f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.ebf9bcp-3f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.62e42ap-1f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const __m256 power =
+      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+  const __m256 is_number = _mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q);
+  const __m256 finite = _mm256_blendv_ps(p, power, is_number);  // keeps NaN untouched
+  return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, low, _CMP_LT_OQ), finite)};
+}
+
+// rows[i] lane j <-> rows[j] lane i
+inline void transpose(Vec (&rows)[8]) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    rows[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
+}  // namespace

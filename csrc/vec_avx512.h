@@ -1,0 +1,115 @@
+// Vec for AVX-512 (F, BW, DQ, VL): 16 float lanes, 32 registers.
+// Every vec_*.h offers the same names; the kernels are written over them and nothing else.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  static constexpr int kRows3 = 8, kRows2 = 12, kRows1 = 16;  // micro-kernel rows at 3, 2, 1 vectors
+  __m512 v;
+};
+struct VecI {
+  __m512i v;
+};
+using Lanes = __mmask16;  // one bit per lane
+
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec set(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load_some(const float* p, int64_t n) {  // lanes n.. are zero and not read
+  return {_mm512_maskz_loadu_ps(Lanes((1u << n) - 1), p)};
+}
+inline Vec load_bytes(const uint8_t* p, int64_t n) {  // the first n bytes as floats, then zeros
+  return {_mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(Lanes(n >= 16 ? 0xffff : (1u << n) - 1), p)))};
+}
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+inline void store_some(float* p, Vec x, int64_t n) {
+  _mm512_mask_storeu_ps(p, Lanes((1u << n) - 1), x.v);
+}
+
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+
+inline Vec select(Lanes which, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(which, no.v, yes.v)};
+}
+inline Lanes equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+inline Lanes less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Lanes is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+inline Lanes has_sign(Vec a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)); }
+inline Lanes both(Lanes a, Lanes b) { return a & b; }
+inline Lanes either(Lanes a, Lanes b) { return a | b; }
+inline bool any(Lanes a) { return a != 0; }
+inline bool all(Lanes a) { return a == 0xffff; }
+
+inline VecI set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline VecI load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline VecI operator+(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline VecI operator-(VecI a, VecI b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline VecI min(VecI a, VecI b) { return {_mm512_min_epi32(a.v, b.v)}; }
+inline VecI max(VecI a, VecI b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline Vec to_float(VecI a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
+  return _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask(low.v, x.v), x.v, high.v);
+}
+inline Vec gather(const float* base, VecI index) {
+  return {_mm512_i32gather_ps(index.v, base, 4)};
+}
+
+// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 at -inf, NaN at NaN. 2^x = 2^floor(x) 2^f
+// with f in [0, 1): a degree-5 minimax polynomial for 2^f (relative error 1.4e-7 in float32) whose
+// constant term is pinned to 1. vscalefps takes the floor of its second operand by itself.
+inline Vec exp2(Vec x) {
+  const __m512 f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0x1.e974fcp-10f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.277854p-7f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.c91ce6p-5f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebdb56p-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e4bap-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return {_mm512_scalef_ps(p, x.v)};
+}
+
+// rows[i] lane j <-> rows[j] lane i
+inline void transpose(Vec (&rows)[16]) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+    rows[i + 4].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0x88);
+    rows[i + 8].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+    rows[i + 12].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
+
+}  // namespace

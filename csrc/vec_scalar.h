@@ -1,0 +1,110 @@
+// Vec for any machine: 4 float lanes in the compiler's own vector type, no instruction of any ISA named.
+// Every vec_*.h offers the same names; the kernels are written over them and nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  static constexpr int kRows3 = 3, kRows2 = 4, kRows1 = 8;  // micro-kernel rows at 3, 2, 1 vectors
+  typedef float Type __attribute__((vector_size(16)));
+  Type v;
+};
+struct VecI {
+  typedef int32_t Type __attribute__((vector_size(16)));
+  Type v;
+};
+using Lanes = VecI;  // all bits of a lane set, or none
+
+inline Vec set(float x) { return {Vec::Type{x, x, x, x}}; }
+inline Vec zero() { return set(0.0f); }
+inline Vec load_some(const float* p, int64_t n) {  // lanes n.. are zero and not read
+  Vec x = zero();
+  for (int64_t i = 0; i < n; ++i) x.v[i] = p[i];
+  return x;
+}
+inline Vec load(const float* p) {
+  Vec x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Vec load_bytes(const uint8_t* p, int64_t n) {  // the first n bytes as floats, then zeros
+  Vec x = zero();
+  for (int64_t i = 0; i < (n < 4 ? n : 4); ++i) x.v[i] = p[i];
+  return x;
+}
+inline void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof x); }
+inline void store_some(float* p, Vec x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = x.v[i];
+}
+
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+// Two roundings: a fused one would be a library call per lane on machines without the instruction.
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec select(Lanes which, Vec yes, Vec no) { return {which.v ? yes.v : no.v}; }
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+
+inline Lanes equal(Vec a, Vec b) { return {a.v == b.v}; }
+inline Lanes less(Vec a, Vec b) { return {a.v < b.v}; }
+inline Lanes is_nan(Vec a) { return {a.v != a.v}; }
+inline Lanes has_sign(Vec a) { return {(VecI::Type)(a.v) < 0}; }
+inline Lanes both(Lanes a, Lanes b) { return {a.v & b.v}; }
+inline Lanes either(Lanes a, Lanes b) { return {a.v | b.v}; }
+inline bool any(Lanes a) { return a.v[0] | a.v[1] | a.v[2] | a.v[3]; }
+inline bool all(Lanes a) { return a.v[0] & a.v[1] & a.v[2] & a.v[3]; }
+inline Vec abs(Vec a) { return {(Vec::Type)((VecI::Type)(a.v) & 0x7fffffff)}; }
+
+inline VecI set_int(int32_t x) { return {VecI::Type{x, x, x, x}}; }
+inline VecI load_int(const int32_t* p) {
+  VecI x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline VecI operator+(VecI a, VecI b) { return {a.v + b.v}; }
+inline VecI operator-(VecI a, VecI b) { return {a.v - b.v}; }
+inline VecI min(VecI a, VecI b) { return {a.v < b.v ? a.v : b.v}; }
+inline VecI max(VecI a, VecI b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec to_float(VecI a) { return {__builtin_convertvector(a.v, Vec::Type)}; }
+inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
+  return {(low.v <= x.v) & (x.v < high.v)};
+}
+inline Vec gather(const float* base, VecI index) {
+  return {Vec::Type{base[index.v[0]], base[index.v[1]], base[index.v[2]], base[index.v[3]]}};
+}
+
+// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below -126 (so at -inf), NaN at NaN.
+// The same method and polynomial as in vec_avx2.h.
+inline Vec exp2(Vec x) {
+  const Vec low = set(-126.0f);
+  const Vec y = select(less(x, low), low, x);
+  const Vec magic = set(0x1.8p+23f);  // adding it leaves the nearest integer in the low bits
+  const Vec n = (y + magic) - magic;
+  const Vec f = y - n;
+  Vec p = set(0x1.5bba14p-10f);
+  p = fma(p, f, set(0x1.3cea88p-7f));
+  p = fma(p, f, set(0x1.c6b752p-5f));
+  p = fma(p, f, set(0x1.ebf9bcp-3f));
+  p = fma(p, f, set(0x1.62e42ap-1f));
+  p = fma(p, f, set(1.0f));
+  const VecI exponent = {((VecI::Type)(y + magic).v - 0x4b400000) << 23};
+  const Vec power = {(Vec::Type)((VecI::Type)(p.v) + exponent.v)};
+  return select(less(x, low), zero(), select(is_nan(x), x, power));
+}
+
+// rows[i] lane j <-> rows[j] lane i
+inline void transpose(Vec (&rows)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = x;
+    }
+  }
+}
+
+}  // namespace
