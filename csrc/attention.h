@@ -72,6 +72,8 @@ struct Kernels {
   int64_t (*num_tiles)(const Forward&);
   int64_t (*scratch_bytes)(const Forward&);
   void (*forward)(const Forward&, int64_t tile, void* scratch);
+  double flops_per_step;  // of multiply_add, which measures what this ISA can do at best
+  float (*multiply_add)(int64_t steps);
 };
 
 // cpu.cpp: the kernels for this machine, chosen once; MANYHEADS_ISA overrides. Null with `error`

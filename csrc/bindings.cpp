@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -318,6 +319,29 @@ std::tuple<Tensor, Tensor> attention_forward(
   return {out, lse};
 }
 
+// GFLOP/s of fused multiply-adds on all of torch's threads, over about `seconds`.
+double fma_peak(double seconds) {
+  const Choice choice = choose_kernels();
+  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kSteps = 10000;
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  std::atomic<int64_t> steps{0};
+  std::atomic<float> kept{0};
+  const auto start = Clock::now();
+  const auto end = start + std::chrono::duration<double>(seconds);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) noexcept {
+    for (int64_t worker = first; worker < last; ++worker) {
+      do {
+        kept.store(choice.kernels->multiply_add(kSteps), std::memory_order_relaxed);
+        steps.fetch_add(kSteps, std::memory_order_relaxed);
+      } while (Clock::now() < end);
+    }
+  });
+  const double elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+  return double(steps) * choice.kernels->flops_per_step / elapsed * 1e-9;
+}
+
 // (ISA in use, every ISA this machine has, why none is in use): one of the first and third is "".
 std::tuple<std::string, std::string, std::string> cpu_kernels() {
   const Choice choice = choose_kernels();
@@ -334,6 +358,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
       "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
       "SymInt distance_offset, Tensor? dense_bias, bool need_lse) -> (Tensor out, Tensor lse)");
+  m.def("fma_peak(float seconds) -> float");
   m.def("cpu_kernels() -> (str name, str detected, str error)");
 }
 
@@ -342,5 +367,6 @@ STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {
+  m.impl("fma_peak", TORCH_BOX(&manyheads::fma_peak));
   m.impl("cpu_kernels", TORCH_BOX(&manyheads::cpu_kernels));
 }

@@ -1,9 +1,10 @@
 // clang-format off: the vectors come first, the kernels are written over them
 #include "vec_avx512.h"
 #include "kernel/forward.h"
+#include "kernel/peak.h"
 // clang-format on
 
 namespace manyheads {
 extern const Kernels kKernelsAvx512;
-const Kernels kKernelsAvx512{"avx512", num_items, scratch_bytes, forward};
+const Kernels kKernelsAvx512{"avx512", num_items, scratch_bytes, forward, kFlopsPerStep, multiply_add};
 }  // namespace manyheads
