@@ -218,14 +218,10 @@ Tensor make_lse(Forward& f, bool need_lse) {
   return lse;
 }
 
-// No keys: nothing to attend to but the sinks.
+// No keys: no query may attend to anything, sinks or not.
 void fill_without_keys(const Forward& f) {
   std::fill_n(f.out, f.B * f.Hq * f.Lq * f.Dv, 0.0f);  // either layout is dense
-  if (f.lse == nullptr) return;
-  for (int64_t i = 0; i < f.B * f.Hq; ++i) {
-    const float none = -std::numeric_limits<float>::infinity();
-    std::fill_n(f.lse + i * f.Lq, f.Lq, f.sinks ? f.sinks[i % f.Hq] : none);
-  }
+  if (f.lse) std::fill_n(f.lse, f.B * f.Hq * f.Lq, -std::numeric_limits<float>::infinity());
 }
 
 // Memory for the tiles, kept by the calling thread from one call to the next: fresh pages for every

@@ -10,6 +10,7 @@ why, and the native backend declines every call for that reason.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,9 +53,8 @@ def check_isa_override() -> None:
 def _load_library() -> str | None:
     """Load the library from this package's directory; the reason if that failed."""
     # An editable install has a second directory, where the build tool put the library.
-    import manyheads
-
-    candidates = [Path(folder) / _LIBRARY_NAME for folder in manyheads.__path__]
+    folders = sys.modules["manyheads"].__path__
+    candidates = [Path(folder) / _LIBRARY_NAME for folder in folders]
     found = next((path for path in candidates if path.exists()), None)
     if found is None:
         return (
@@ -62,7 +62,7 @@ def _load_library() -> str | None:
             "install manyheads with pip, or run `make build` in its source tree"
         )
     try:
-        torch.ops.load_library(str(found))
+        torch.ops.load_library(str(found))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         return f"{found} did not load with torch {torch.__version__}: {error}"
     return None
@@ -118,14 +118,19 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any,
     ]
     mapped = [isinstance(dim, int) for dim in in_dims]
     operator = torch.ops.manyheads.attention_forward.default
+    need_lse = args[-1]
+    lse_dim = 0 if need_lse else None
     if any(mapped[i] for i in _PER_HEAD):
         pairs = list(zip(moved, mapped, strict=True))
-        results = [
-            operator(*(arg[n] if is_mapped else arg for arg, is_mapped in pairs))
-            for n in range(count)
-        ]
-        out, lse = (torch.stack(parts) for parts in zip(*results, strict=True))
-        return (out, lse), (0, 0)
+        outs, lses = zip(
+            *(
+                operator(*(arg[n] if is_mapped else arg for arg, is_mapped in pairs))
+                for n in range(count)
+            ),
+            strict=True,
+        )
+        lse = torch.stack(lses) if need_lse else lses[0]
+        return (torch.stack(outs), lse), (0, lse_dim)
 
     batch = moved[0].shape[1] if mapped[0] else moved[0].shape[0]
     for i in _PER_BATCH:
@@ -139,9 +144,10 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any,
         rows = rows.movedim(0, 1) if mapped[_BAND_ROWS] else rows[:, None]
         moved[_BAND_ROWS] = rows.expand(-1, count, batch).reshape(-1, count * batch)
     out, lse = operator(*moved)
-    need_lse = args[-1]
     out = out.unflatten(0, (count, batch))
-    return (out, lse.unflatten(0, (count, batch)) if need_lse else lse), (0, 0 if need_lse else None)
+    if need_lse:
+        lse = lse.unflatten(0, (count, batch))
+    return (out, lse), (0, lse_dim)
 
 
 def _forward_flops(
