@@ -52,7 +52,7 @@ class QueryPositions:
         if self.rows is not None:
             return self.rows.to(geometry.device, torch.int64)
         row = torch.arange(geometry.q_len, device=geometry.device)
-        return _column(self.start, geometry, dims=2) + row
+        return _column(self.start, geometry, dims=2) + row[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,12 @@ class BandPlan:
     key_end: PerBatch | None = None
 
     kind = "band"
+
+    def is_top_left_causal(self, positions: QueryPositions) -> bool:
+        """Whether this is exactly "key j <= query row r", told without reading a tensor."""
+        whole = (self.left, self.key_end, positions.rows) == (None, None, None)
+        numbers = (self.right, self.first_n, self.key_start, positions.start)
+        return whole and all(isinstance(n, int) and n == 0 for n in numbers)
 
     def materialize(self, geometry: Geometry, positions: QueryPositions) -> Tensor:
         p = positions.materialize(geometry)[:, None, :, None]
@@ -211,7 +217,8 @@ class AttentionSpec:
     dropout: bool = False
     needs_grad: bool = False
     needs_lse: bool = False
-    transformed: bool = False  # inside torch.func transforms or torch.compile tracing
+    causal: bool = False  # the plan is exactly "key j <= query row r"
+    transformed: bool = False  # inside a torch.func transform or forward-mode differentiation
 
 
 @dataclass(frozen=True, slots=True)

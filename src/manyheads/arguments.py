@@ -1,0 +1,160 @@
+"""What `attention` accepts: every check of its tensors and numbers, with what to do instead.
+
+Each message says what was wrong, what was got, what was expected, and how to mend it. Masks and
+biases check themselves against the call's sizes when they are lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
+from manyheads.spec import PerBatch
+
+#: Positions stay below this, so that sums of a few of them fit the kernels' 32-bit lanes.
+_POSITION_LIMIT = 1 << 29
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless the three are floating tensors of one dtype and device whose sizes fit."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(
+                f"{name} is not a tensor: got {type(tensor).__name__}; expected torch.Tensor; "
+                "torch.as_tensor converts arrays and lists"
+            )
+    q, k, v = query.shape, key.shape, value.shape
+    rank = len(q)
+    if rank not in (3, 4) or len(k) != rank or len(v) != rank:
+        raise ShapeError(
+            f"wrong number of axes: got {_shapes(query, key, value)}; expected all [B, H, L, D] or "
+            "all [H, L, D]; for [B, L, H, D] memory give x.transpose(1, 2), which copies nothing"
+        )
+    dtype = query.dtype
+    if not dtype.is_floating_point:
+        raise ArgumentTypeError(
+            f"query has no floating dtype: got {dtype}; expected float32, bfloat16, float16 or "
+            "float64; convert it, as in query.float()"
+        )
+    if key.dtype is not dtype or value.dtype is not dtype:
+        raise ArgumentTypeError(
+            f"dtypes differ: got query {dtype}, key {key.dtype}, value {value.dtype}; expected one "
+            "dtype; convert with .to(query.dtype)"
+        )
+    device = query.device
+    if key.device != device or value.device != device:
+        raise DeviceError(
+            f"devices differ: got query on {device}, key on {key.device}, value on {value.device}; "
+            "expected one device; move them with .to(query.device)"
+        )
+    if k[:-1] != v[:-1]:
+        raise ShapeError(
+            f"key and value do not fit: got {_shapes(query, key, value)}; expected the same batch, "
+            "heads and length in key and value; only their last axis may differ"
+        )
+    if q[-1] != k[-1]:
+        raise ShapeError(
+            f"query and key have different head sizes: got {_shapes(query, key, value)}; expected "
+            f"key's last axis to be {q[-1]}; project both to one size"
+        )
+    if rank == 4 and q[0] != k[0]:
+        raise ShapeError(
+            f"batch sizes differ: got {_shapes(query, key, value)}; expected one batch size; "
+            "key.expand(B, -1, -1, -1) shares keys without copying"
+        )
+    if not k[-3] or q[-3] % k[-3] or not q[-3]:
+        raise ShapeError(
+            f"query heads are no multiple of key heads: got {_shapes(query, key, value)}; expected "
+            "Hq = G * Hkv with G >= 1; query head h reads key head h // G"
+        )
+    if not q[-1] or not v[-1]:
+        raise ShapeError(
+            f"a head size is 0: got {_shapes(query, key, value)}; expected at least 1; "
+            "check how the heads were split"
+        )
+
+
+def check_query_start(query_start: Any, batch: int, device: torch.device) -> PerBatch:
+    """An int, or int32 [B] on the call's device."""
+    fix = "give a key position, such as the number of keys already cached; None means Lk - Lq"
+    if isinstance(query_start, Tensor):
+        if query_start.dtype not in _INTEGERS:
+            raise ArgumentTypeError(
+                f"query_start is no integer tensor: got {query_start.dtype}; expected int32 or "
+                f"int64; {fix}"
+            )
+        if query_start.shape != (batch,):
+            raise ShapeError(
+                f"query_start has the wrong shape: got {list(query_start.shape)}; expected "
+                f"[{batch}], one number per batch element; {fix}"
+            )
+        if query_start.device != device:
+            raise DeviceError(
+                f"query_start is elsewhere: got {query_start.device}; expected the query's device "
+                f"{device}; move it with .to(query.device)"
+            )
+        return query_start.to(torch.int32)
+    if isinstance(query_start, bool) or not isinstance(query_start, (int, torch.SymInt)):
+        raise ArgumentTypeError(
+            f"query_start is of the wrong type: got {type(query_start).__name__}; expected an int "
+            f"or an integer tensor [B]; {fix}"
+        )
+    if not -_POSITION_LIMIT < query_start < _POSITION_LIMIT:
+        raise ArgumentError(
+            f"query_start is out of range: got {query_start}; expected less than 2**29 either "
+            f"side of 0; {fix}"
+        )
+    return query_start  # type: ignore[return-value]  # a SymInt behaves as an int
+
+
+def check_sinks(sinks: Any, q_heads: int, device: torch.device) -> None:
+    """Raise unless `sinks` is a floating tensor [Hq] on the call's device."""
+    fix = "give one logit per query head"
+    if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point:
+        got = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise ArgumentTypeError(
+            f"sinks is no floating tensor: got {got}; expected a floating tensor [{q_heads}]; {fix}"
+        )
+    if sinks.shape != (q_heads,):
+        raise ShapeError(
+            f"sinks has the wrong shape: got {list(sinks.shape)}; expected [{q_heads}]; {fix}"
+        )
+    if sinks.device != device:
+        raise DeviceError(
+            f"sinks is elsewhere: got {sinks.device}; expected the query's device {device}; "
+            "move it with .to(query.device)"
+        )
+
+
+def number(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
+    """`value` as a float, if it is a real number for which `holds` is true."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise ArgumentTypeError(
+            f"{name} is of the wrong type: got {type(value).__name__}; expected {expected}; "
+            "convert it with float(...)"
+        )
+    result = float(value)
+    if not holds(result):
+        raise ArgumentError(
+            f"{name} is out of range: got {value}; expected {expected}; leave {name} out for its "
+            "default"
+        )
+    return result
+
+
+def raise_not_bool(mask: Tensor) -> NoReturn:
+    """A tensor of another dtype was given as mask."""
+    raise ArgumentTypeError(
+        f"mask is not a bool tensor: got {mask.dtype}; expected bool, True = may attend; give what "
+        "is added to the scores as attn_bias=, and compare a 0/1 mask, as in mask != 0"
+    )
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    shapes = zip(("query", "key", "value"), (query, key, value), strict=True)
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in shapes)

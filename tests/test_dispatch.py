@@ -1,0 +1,120 @@
+"""Which backend runs what, and what `explain` and `info` say of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import manyheads as mh
+from manyheads import dispatch
+from manyheads.spec import AttentionSpec
+
+Q, K = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8)
+
+# What is asked of attention(Q, K, K) -> the backend that runs it.
+CHOICES = [
+    ({}, "native"),
+    ({"mask": mh.Causal()}, "native"),
+    ({"softcap": 2.0, "return_lse": True}, "native"),
+    ({"mask": torch.ones(5, 7, dtype=torch.bool)}, "native"),
+    ({"dropout_p": 0.5}, "sdpa"),
+    ({"dropout_p": 0.5, "softcap": 2.0}, "reference"),
+    ({"backend": "sdpa"}, "sdpa"),
+    ({"backend": "reference"}, "reference"),
+]
+
+
+@pytest.mark.parametrize(("asked", "backend"), CHOICES, ids=str)
+def test_first_that_does_not_refuse(asked: dict, backend: str) -> None:
+    assert mh.explain(Q, K, K, **asked).backend == backend
+
+
+def test_gradients_and_half_types_go_to_pytorch() -> None:
+    leaf = Q.clone().requires_grad_()
+    assert mh.explain(leaf, K, K).backend == "sdpa"
+    assert mh.explain(leaf, K, K, softcap=1.0).backend == "reference"
+    with torch.no_grad():
+        assert mh.explain(leaf, K, K).backend == "native"
+    slopes = torch.ones(6, requires_grad=True)
+    assert mh.explain(Q, K, K, attn_bias=mh.Alibi(slopes)).backend == "sdpa"
+    half = (x.bfloat16() for x in (Q, K, K))
+    assert mh.explain(*half).backend == "sdpa"
+
+
+def test_an_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(mh.BackendError, match=r"native: .*gradient is needed"):
+        mh.attention(Q.clone().requires_grad_(), K, K, backend="native")
+
+
+def test_every_reason_is_listed_when_nothing_can_run() -> None:
+    refusing = [_Refusing("one", ["too wide", "too old"]), _Refusing("two", ["asleep"])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "BACKENDS", refusing)
+        with pytest.raises(mh.BackendError) as caught:
+            dispatch.select(_spec())
+    for part in ("one: too wide; too old", "two: asleep", "Hq=6 Hkv=3 Lq=5 Lk=7 D=8"):
+        assert part in str(caught.value)
+
+
+def test_strict_refuses_memory_that_grows_with_the_square() -> None:
+    leaf = Q.clone().requires_grad_()
+    mh.attention(Q, K, K, mask=mh.Causal(), strict=True)
+    mh.attention(leaf, K, K, mask=mh.Causal(), query_start=0, strict=True)
+    with pytest.raises(mh.StrictError, match="band mask plan is materialised"):
+        mh.attention(leaf, K, K, mask=mh.Window(2, 2), strict=True)
+
+
+def test_explanation_reads_well() -> None:
+    text = str(mh.explain(Q.clone().requires_grad_(), K, K, mask=mh.Window(2, 2)))
+    for part in ("backend: sdpa", "mask plan: band", "memory: the band", "not native: a gradient"):
+        assert part in text
+
+
+def test_memory_note_matches_what_is_allocated() -> None:
+    """SDPA's note against the truth: the largest tensor PyTorch makes on the way."""
+    long = [torch.randn(1, 1, 1024, 16, requires_grad=True) for _ in range(3)]
+    for mask, grows in ((None, False), (mh.Causal(), False), (mh.Window(9, 0), True)):
+        note = mh.explain(*long, mask=mask, backend="sdpa").memory
+        with torch.profiler.profile(profile_memory=True) as profile:
+            mh.attention(*long, mask=mask, backend="sdpa").sum().backward()
+        largest = max(event.cpu_memory_usage for event in profile.events())
+        assert (note is not None) == grows == (largest >= 1024 * 1024), (mask, note, largest)
+
+
+def test_info_names_versions_and_kernels() -> None:
+    info = mh.info()
+    assert info.torch == torch.__version__ and info.native_error is None
+    assert info.isa in info.available_isas
+    assert info.available_isas[-1] == "scalar"
+    assert info.isa in str(info) and str(info.threads) in str(info)
+
+
+def test_the_cached_choice_is_made_from_the_same_fields_in_the_same_order() -> None:
+    """`select_cached` gets the fields of AttentionSpec as a plain tuple, by position."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dispatch,
+            "select_cached",
+            lambda fields, *_: seen.append(fields) or dispatch.BACKENDS[-1],
+        )
+        mh.attention(Q, K, K[..., :3], mask=mh.Causal(), softcap=2.0, dropout_p=0.5)
+    assert AttentionSpec(*seen[0]) == AttentionSpec(
+        batch=2, q_heads=6, kv_heads=3, q_len=5, k_len=7, head_dim=8, value_dim=3,
+        dtype=torch.float32, device="cpu", plan="band", softcap=True, dropout=True,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Refusing:
+    NAME: str
+    reasons: list[str]
+
+    def why_not(self, spec: AttentionSpec) -> list[str]:
+        return self.reasons
+
+
+def _spec() -> AttentionSpec:
+    return AttentionSpec(2, 6, 3, 5, 7, 8, 8, torch.float32, "cpu", "full")

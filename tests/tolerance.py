@@ -1,0 +1,102 @@
+"""The one numerics rule of the project (DESIGN.md, section 7).
+
+    error <= 2 * (error of eager attention in the same dtype + eps(dtype) * max|oracle|)
+
+per head, every value finite where the oracle is. The oracle is float64. If eager attention in the
+same dtype is not finite (float16 overflows), float32 eager rounded to the dtype takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from oracle import Problem, attend
+from torch import Tensor
+
+
+def eager(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, lse) of plain attention with every step in `dtype`."""
+    out, lse = attend(problem, dtype)
+    if not out.isfinite().all():
+        out, lse = (x.to(dtype) for x in attend(problem, torch.float32))
+    return out, lse
+
+
+def assert_close_to_oracle(
+    actual: Tensor,
+    oracle: Tensor,
+    eager: Tensor,
+    dtype: torch.dtype,
+    floor: float = 0.0,
+) -> None:
+    """Assert the rule for outputs [B, Hq, Lq, Dv] or [B, Hq, Lq], per head of each batch element.
+
+    oracle: float64. eager: of the same dtype as the inputs. floor: absolute, 0 for outputs; for
+    gradients what exact cancellation leaves (Lk = 1, one huge logit). Entries for which the oracle is
+    not finite must be non-finite in `actual`, and -inf must be -inf.
+    """
+    assert actual.shape == oracle.shape == eager.shape, (actual.shape, oracle.shape, eager.shape)
+    finite = oracle.isfinite()
+    assert torch.equal(actual.isfinite(), finite), "finite exactly where the oracle is"
+    minus_infinite = oracle == -torch.inf
+    assert (actual[minus_infinite] == -torch.inf).all(), "-inf where the oracle is"
+    if not actual.numel():
+        return
+    zero = torch.zeros((), dtype=torch.float64)
+    exact = torch.where(finite, oracle, zero)
+    error = torch.where(finite, (actual.double() - exact).abs(), zero)
+    eager_error = torch.where(finite, (eager.double() - exact).abs(), zero).nan_to_num()
+
+    def per_head(x: Tensor) -> Tensor:
+        return x.flatten(2).amax(-1)
+
+    allowed = 2 * (per_head(eager_error) + torch.finfo(dtype).eps * per_head(exact.abs())) + floor
+    excess = per_head(error) - allowed
+    worst = int(excess.argmax())
+    assert (excess <= 0).all(), (
+        f"head {worst}: error {per_head(error).flatten()[worst]:.3e} is more than the allowed "
+        f"{allowed.flatten()[worst]:.3e} (eager's own error: "
+        f"{per_head(eager_error).flatten()[worst]:.3e})"
+    )
+
+
+def assert_gradients_close(
+    problem: Problem,
+    grad_out: Tensor,
+    dtype: torch.dtype,
+    run: Callable[[Problem], Tensor],
+) -> None:
+    """The rule for dQ, dK, dV of `run`, which gets the problem with leaves for inputs.
+
+    grad_out [B, Hq, Lq, Dv] is what flows back into the output.
+    """
+
+    def gradients(run: Callable[[Problem], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = run(replace(problem, query=leaves[0], key=leaves[1], value=leaves[2]))
+        return list(torch.autograd.grad(out, leaves, grad_out.to(out.dtype)))
+
+    inputs = (problem.query, problem.key, problem.value)
+    exact = gradients(lambda p: attend(p)[0], torch.float64)
+    plain = gradients(lambda p: attend(p, dtype)[0], dtype)
+    actual = gradients(run, dtype)
+    head_dim, value_dim = problem.query.shape[-1], problem.value.shape[-1]
+    scale = problem.scale if problem.scale is not None else head_dim**-0.5
+    common = torch.finfo(dtype).eps * abs(scale) * (head_dim * value_dim) ** 0.5
+    common *= _largest(grad_out) * _largest(problem.value)
+    floors = (common * _largest(problem.key), common * _largest(problem.query), 0.0)
+    for ours, oracle, eager, floor in zip(actual, exact, plain, floors, strict=True):
+        assert_close_to_oracle(ours, oracle, eager, dtype, floor)
+
+
+def assert_close_to_onnx(actual: Tensor, expected: Tensor) -> None:
+    """The tolerance ONNX's own backend tests use; half types get room for another order of sums."""
+    assert actual.dtype == expected.dtype
+    half = expected.dtype in (torch.float16, torch.bfloat16)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=2e-3 if half else 1e-7)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
