@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
+from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 
 #: Rows allocated at first, so that the first tokens of a decode do not each reallocate.
 MIN_CAPACITY = 64

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
-from .spec import BiasPlan, Geometry
+from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
+from manyheads.spec import BiasPlan, Geometry
 
 
 class ScoreBias(nn.Module):
@@ -41,6 +41,7 @@ class BiasSum(ScoreBias):
         self.parts = nn.ModuleList(parts)
 
     def lower(self, geometry: Geometry, dtype: torch.dtype) -> BiasPlan:
+        """See `ScoreBias.lower`."""
         plan = BiasPlan()
         for part in self.parts:
             assert isinstance(part, ScoreBias)
@@ -93,6 +94,7 @@ class Alibi(ScoreBias):
         return slopes + between[: num_heads - power]
 
     def lower(self, geometry: Geometry, dtype: torch.dtype) -> BiasPlan:
+        """See `ScoreBias.lower`."""
         wide = _score_dtype(dtype)
         if self.slopes is None:
             paper = self.paper_slopes(geometry.q_heads)
@@ -106,6 +108,7 @@ class Alibi(ScoreBias):
         return BiasPlan(slopes=self.slopes.to(wide))
 
     def extra_repr(self) -> str:
+        """Arguments, for the module's repr."""
         return "" if self.slopes is None else f"slopes={list(self.slopes.shape)}"
 
 
@@ -185,6 +188,7 @@ class RelativeBias(ScoreBias):
         return first + torch.where(distance < exact, distance, far.clamp(max=per_side - 1))
 
     def lower(self, geometry: Geometry, dtype: torch.dtype) -> BiasPlan:
+        """See `ScoreBias.lower`."""
         _check_device(self.table, geometry, "RelativeBias table")
         if self.num_heads != geometry.q_heads:
             raise ShapeError(
@@ -198,6 +202,7 @@ class RelativeBias(ScoreBias):
         )
 
     def extra_repr(self) -> str:
+        """Arguments, for the module's repr."""
         return (
             f"num_heads={self.num_heads}, num_buckets={self.num_buckets}, "
             f"max_distance={self.max_distance}, bidirectional={self.bidirectional}"
@@ -231,9 +236,11 @@ class DenseBias(ScoreBias):
         _hold(self, "tensor", tensor)
 
     def lower(self, geometry: Geometry, dtype: torch.dtype) -> BiasPlan:
+        """See `ScoreBias.lower`."""
         return _lower_dense(self.tensor, geometry, dtype)
 
     def extra_repr(self) -> str:
+        """Arguments, for the module's repr."""
         return f"shape={list(self.tensor.shape)}"
 
 

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .errors import ArgumentError, ArgumentTypeError, ShapeError
+from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 
 class RotaryScaling(Protocol):
@@ -42,6 +43,7 @@ class LinearScaling:
         _check_factor(self)
 
     def frequencies(self, dim: int, base: float) -> Tensor:
+        """See `RotaryScaling.frequencies`."""
         return plain_frequencies(dim, base) / self.factor
 
 
@@ -62,6 +64,7 @@ class NTKScaling:
         _check_factor(self)
 
     def frequencies(self, dim: int, base: float) -> Tensor:
+        """See `RotaryScaling.frequencies`."""
         if dim <= 2:
             raise ArgumentError(f"NTKScaling got dim={dim}; expected at least 4.")
         return plain_frequencies(dim, base * self.factor ** (dim / (dim - 2)))
@@ -96,6 +99,7 @@ class YarnScaling:
 
     @property
     def amplitude(self) -> float:
+        """See `RotaryScaling.amplitude`."""
         if self.attention_factor is not None:
             return self.attention_factor
 
@@ -107,6 +111,8 @@ class YarnScaling:
         return grown(1.0)
 
     def frequencies(self, dim: int, base: float) -> Tensor:
+        """See `RotaryScaling.frequencies`."""
+
         def pair_that_turns(times: float) -> float:
             """The (fractional) pair that makes so many turns over the trained length."""
             return (
@@ -151,6 +157,7 @@ class Llama3Scaling:
             )
 
     def frequencies(self, dim: int, base: float) -> Tensor:
+        """See `RotaryScaling.frequencies`."""
         theta = plain_frequencies(dim, base)
         turns = self.original_length * theta / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -237,36 +244,43 @@ class Rotary:
         return self.turn(x, cos, sin)
 
     def tables(self, positions: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for vectors like `like`, to share between query and key.
+        """Make cos and sin for vectors like `like`, to share between query and key.
 
         Returns:
-            Two tensors [L, dim // 2] or [B, 1, L, dim // 2], float32 (float64 if `like` is).
+            cos [L, D] or [B, 1, L, D], 1 for the channels that do not turn, and sin [L, dim // 2]
+            or [B, 1, L, dim // 2]; float32 (float64 if `like` is).
         """
-        device = like.device
         # Apple's GPU has no float64.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        steps = _positions(positions, like).to(wide)
-        angles = steps[..., None] * self._frequencies.to(device, wide)
+        wide = torch.float32 if like.device.type == "mps" else torch.float64
+        frequencies = self._frequencies.to(like.device, wide)
+        angles = _positions(positions, like).to(wide)[..., None] * frequencies
         if angles.dim() == 3:
             angles = angles[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        if self._amplitude != 1.0:
+            cos, sin = cos * self._amplitude, sin * self._amplitude
+        cos = cos.repeat_interleave(2, -1) if self.interleaved else torch.cat([cos, cos], -1)
+        cos = functional.pad(cos, (0, like.shape[-1] - self.dim), value=1.0)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return (
-            (angles.cos() * self._amplitude).to(dtype),
-            (angles.sin() * self._amplitude).to(dtype),
-        )
+        return cos.to(dtype), sin.to(dtype)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`x` turned by the angles of `tables`; shape and dtype of `x`."""
+        """`x` turned by the angles of `tables`; shape and dtype of `x`, and its memory order."""
         wide = x.to(cos.dtype)
-        rest = [wide[..., self.dim :]] if x.shape[-1] > self.dim else []
+        # One new tensor, finished in place: allocating more costs more than the arithmetic.
+        turned = wide * cos
+        first, second = self._pairs(wide)
+        turned_first, turned_second = self._pairs(turned)
+        turned_first.addcmul_(second, sin, value=-1)
+        turned_second.addcmul_(first, sin)
+        return turned.to(x.dtype)
+
+    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [..., dim // 2] of the first and the second channels of all pairs."""
         if self.interleaved:
-            first, second = wide[..., : self.dim].unflatten(-1, (-1, 2)).unbind(-1)
-        else:
-            first, second = wide[..., : self.dim].chunk(2, -1)
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        if self.interleaved:
-            turned = [torch.stack(turned, -1).flatten(-2)]
-        return torch.cat(turned + rest, -1).to(x.dtype)
+            return x[..., 0 : self.dim : 2], x[..., 1 : self.dim : 2]
+        half = self.dim // 2
+        return x[..., :half], x[..., half : self.dim]
 
     def __repr__(self) -> str:
         parts = [f"{self.dim}", f"base={self.base}"]
@@ -284,10 +298,10 @@ def plain_frequencies(dim: int, base: float) -> Tensor:
 
 
 def _positions(positions: int | Tensor, like: Tensor) -> Tensor:
-    """int [L] or [B, L]: the position of every row of `like` [B, H, L, D]."""
+    """The int positions, [L] or [B, L], of every row of `like` [B, H, L, D]."""
     length = like.shape[-2]
     if not isinstance(positions, Tensor):
-        return torch.arange(length, device=like.device) + positions
+        return torch.arange(positions, positions + length, device=like.device)
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise ArgumentTypeError(
             f"Rotary got positions of {positions.dtype}; expected an int dtype: they are counts."
