@@ -9,11 +9,12 @@
 
 namespace manyheads {
 
-// A number for the whole call, or one per batch element.
+// A number for the whole call, or one per batch element. `at` is always inlined, so that no ISA's
+// file can emit the one copy of it that the linker keeps.
 struct PerBatch {
   int64_t value;
   const int32_t* values;  // [B] or null
-  int64_t at(int64_t b) const { return values ? values[b] : value; }
+  [[gnu::always_inline]] int64_t at(int64_t b) const { return values ? values[b] : value; }
 };
 
 // Key bounds this far out mean "unbounded"; positions stay well inside int32.
