@@ -46,7 +46,7 @@ class Case:
 
     @property
     def sdpa_can(self) -> bool:
-        return self.softcap is None and not self.sinks and 0 not in self.lengths
+        return self.softcap is None and not self.sinks and 0 not in (self.batch, *self.lengths)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ MASKS: dict[str, Callable[..., tuple[object, Tensor | None, Tensor | None]]] = {
 
 def _alibi(case, ahead, generator):
     slopes = torch.rand(case.heads[0], generator=generator)
-    return mh.Alibi(slopes), -slopes[:, None, None] * ahead[:, None].abs()
+    return mh.Alibi(slopes), -slopes.double()[:, None, None] * ahead[:, None].abs()
 
 
 def _relative(case, ahead, generator):
@@ -222,7 +222,7 @@ def _relative(case, ahead, generator):
     distance = (-ahead).clamp(min=0)
     growth = torch.log(distance.clamp(min=1) / 4) / math.log(16 / 4) * 4
     bucket = torch.where(distance < 4, distance, (4 + growth.long()).clamp(max=7))
-    return bias, bias.table.detach()[bucket].permute(0, 3, 1, 2)
+    return bias.requires_grad_(False), bias.table[bucket].permute(0, 3, 1, 2)
 
 
 def _dense_bias(case, ahead, generator):

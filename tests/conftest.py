@@ -15,7 +15,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def forced_isa_is_active() -> None:
-    """The same tests run under every MANYHEADS_ISA; a forced one that is not obeyed proves nothing."""
+    """These tests run under every MANYHEADS_ISA; one that is not obeyed would prove nothing."""
     forced = os.environ.get("MANYHEADS_ISA")
     if forced:
         assert mh.info().isa == forced

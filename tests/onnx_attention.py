@@ -89,6 +89,7 @@ def onnx_attention(
     bias = None
     if attn_mask is not None:
         attn_mask = attn_mask.reshape(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
+        attn_mask = attn_mask.expand(-1, -1, Q.shape[2], -1)
         missing = K.shape[2] - attn_mask.shape[-1]
         if attn_mask.dtype == torch.bool:
             masks.append(mh.Dense(torch.nn.functional.pad(attn_mask, (0, missing), value=False)))

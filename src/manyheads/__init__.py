@@ -1,5 +1,6 @@
 """Multi-head attention for PyTorch: exact, fast on the CPU, and possible to look into."""
 
+from .caches import KVCache
 from .dispatch import Explanation
 from .environment import Info, info
 from .errors import (
@@ -26,7 +27,9 @@ from .masks import (
     QueryRows,
     Window,
 )
+from .module import MultiHeadAttention
 from .positions import Alibi, DenseBias, RelativeBias
+from .rotary import LinearScaling, Llama3Scaling, NTKScaling, Rotary, YarnScaling
 
 __all__ = [
     "Alibi",
@@ -42,17 +45,24 @@ __all__ = [
     "Explanation",
     "FirstKeys",
     "Info",
+    "KVCache",
     "KeyLengths",
     "KeyRange",
+    "LinearScaling",
+    "Llama3Scaling",
     "ManyHeadsError",
     "Mask",
     "MissingDependencyError",
+    "MultiHeadAttention",
+    "NTKScaling",
     "Predicate",
     "QueryRows",
     "RelativeBias",
+    "Rotary",
     "ShapeError",
     "StrictError",
     "Window",
+    "YarnScaling",
     "attention",
     "explain",
     "info",

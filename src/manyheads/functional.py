@@ -100,7 +100,7 @@ def attention(
         key: [B, Hkv, Lk, D] or [Hkv, Lk, D].
         value: [B, Hkv, Lk, Dv] or [Hkv, Lk, Dv].
         mask: which keys a query may attend to: a mask object such as `Causal()`, or a bool tensor
-            that broadcasts to [B, Hq, Lq, Lk], True = may attend. None: all.
+            [Lq, Lk] or [B|1, Hq|1, Lq, Lk], True = may attend. None: all.
         attn_bias: what is added to the scores: a bias object such as `Alibi()`, or a floating
             tensor that broadcasts to [B, Hq, Lq, Lk].
         scale: multiplies the scores; 1 / sqrt(D) by default.
