@@ -273,7 +273,7 @@ void run_tiles(const Kernels& kernels, const Forward& f) {
     for (int64_t worker = first; worker < last; ++worker) {
       void* const mine = memory + size_t(worker) * each;
       for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
-        kernels.forward(f, tile, mine);
+        kernels.forward(f, tile, tile + threads < tiles ? tile + threads : -1, mine);
       }
     }
   };

@@ -85,11 +85,12 @@ inline Vec exp2(Vec x) {
   const Vec magic = set(0x1.8p+23f);  // adding it leaves the nearest integer in the low bits
   const Vec n = (y + magic) - magic;
   const Vec f = y - n;
-  Vec p = set(0x1.5bba14p-10f);
-  p = fma(p, f, set(0x1.3cea88p-7f));
-  p = fma(p, f, set(0x1.c6b752p-5f));
-  p = fma(p, f, set(0x1.ebf9bcp-3f));
-  p = fma(p, f, set(0x1.62e42ap-1f));
+  Vec p = set(0x1.41fbbcp-13f);
+  p = fma(p, f, set(0x1.5f3e54p-10f));
+  p = fma(p, f, set(0x1.3b2d4cp-7f));
+  p = fma(p, f, set(0x1.c6aee8p-5f));
+  p = fma(p, f, set(0x1.ebfbdcp-3f));
+  p = fma(p, f, set(0x1.62e430p-1f));
   p = fma(p, f, set(1.0f));
   const VecI exponent = {((VecI::Type)(y + magic).v - 0x4b400000) << 23};
   const Vec power = {(Vec::Type)((VecI::Type)(p.v) + exponent.v)};

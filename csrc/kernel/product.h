@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "prefetch.h"
+
 namespace {
 
 template <int N>
@@ -46,12 +48,14 @@ template <int R, int N, bool kRowsAdjacent, class Use>
 // a[row * stride + t] (K). B is [T][N * kLanes].
 template <int N, bool kRowsAdjacent, int R = kRows<N>, class Use>
 inline void multiply_rows(const float* a, int64_t stride, const float* b, int64_t T, int64_t begin,
-                          int64_t end, Use use) {
-  for (; end - begin >= R; begin += R)
+                          int64_t end, Prefetcher& soon, Use use) {
+  for (; end - begin >= R; begin += R) {
+    soon.fetch_some();
     multiply_tile<R, N, kRowsAdjacent>(a, stride, b, T, begin, use);
+  }
   if constexpr (R > 1) {
     constexpr int kNext = R > 8 ? 8 : R / 2;
-    multiply_rows<N, kRowsAdjacent, kNext>(a, stride, b, T, begin, end, use);
+    multiply_rows<N, kRowsAdjacent, kNext>(a, stride, b, T, begin, end, soon, use);
   }
 }
 

@@ -18,6 +18,8 @@ struct Workspace {
   float* scores;   // [kBlock][lanes]: raw scores, then weights
   float* bias;     // [kBlock][lanes] where the call has a dense bias
   float* allowed;  // [kBlock][lanes] of 0 and 1 where it has a dense mask
+  float *key, *value;  // [kBlock][D or Dv] where K's or V's rows have to be packed
+  Prefetcher* soon;
 };
 
 // to[row][lane] for rows [begin, end) of a block, from one row of memory per lane:

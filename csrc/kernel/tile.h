@@ -42,6 +42,7 @@ struct Tile {
   Range keys;    // hull of all lanes' keys
   float* query;  // [D][lanes]
   Partial inner, outer;
+  alignas(64) int32_t row[kMaxLanes], head[kMaxLanes];  // of each lane
   alignas(64) int32_t position[kMaxLanes];
   alignas(64) int32_t begin[kMaxRanges][kMaxLanes], end[kMaxRanges][kMaxLanes];
   alignas(64) float slope[kMaxLanes];
@@ -52,51 +53,83 @@ struct Tile {
   int lanes() const { return vectors * Vec::kLanes; }
 };
 
-struct LaneId {
-  int64_t row, head;
-};
-inline LaneId lane_id(const Forward& call, const Tile& tile, int lane) {
-  const int64_t group = call.Hq / call.Hkv;
-  const int64_t flat = tile.first + (lane < tile.count ? lane : tile.count - 1);
-  return {flat / group, tile.hkv * group + flat % group};
+inline Partial& total_of(const Forward& call, Tile& tile) {
+  return call.Lk > kSpan ? tile.outer : tile.inner;
 }
 
-// The keys that `row` may attend to, as ranges clamped to [0, Lk); the meaning of each plan is
-// defined in manyheads/spec.py. A dense plan leaves the whole row, and is read per block.
-inline void find_ranges(const Forward& call, int64_t b, LaneId id, int64_t position, int lane,
-                        Tile& tile) {
-  const Mask& mask = call.mask;
-  const auto put = [&](int r, int64_t begin, int64_t end) {
-    tile.begin[r][lane] = int32_t(minimum(maximum(begin, 0), call.Lk));
-    tile.end[r][lane] = int32_t(minimum(maximum(end, 0), call.Lk));
-  };
-  switch (mask.kind) {
-    case PlanKind::full:
-    case PlanKind::dense:
-      put(0, 0, call.Lk);
-      break;
-    case PlanKind::band: {
-      const int64_t start = mask.key_start.at(b), end = minimum(mask.key_end.at(b), call.Lk);
-      const int64_t window_end = minimum(end, position + mask.right.at(b) + 1);
-      const int64_t first_end = minimum(mask.first_within_right ? window_end : end,
-                                        start + mask.first_n.at(b));
-      put(0, maximum(start, position - mask.left.at(b)), window_end);
-      if (tile.num_ranges > 1) put(1, start, first_end);
-      break;
-    }
-    case PlanKind::intervals: {
-      const int32_t* range = mask.ranges + b * mask.ranges_stride[0] +
-                             id.head * mask.ranges_stride[1] + id.row * mask.ranges_stride[2];
-      for (int r = 0; r < tile.num_ranges; ++r) put(r, range[2 * r], range[2 * r + 1]);
-      break;
+inline void name_lanes(const Forward& call, Tile& tile) {
+  const int32_t group = int32_t(call.Hq / call.Hkv), head = int32_t(tile.hkv) * group;
+  int32_t row = int32_t(tile.first / group), member = int32_t(tile.first % group);
+  for (int lane = 0; lane < tile.lanes(); ++lane) {
+    tile.row[lane] = row;
+    tile.head[lane] = head + member;
+    if (lane + 1 < tile.count && ++member == group) {
+      member = 0;
+      ++row;
     }
   }
+}
+
+// Element [b, head, row, 0] of a [B, H, L, D] tensor for one lane.
+template <class T>
+inline T* at_lane(T* data, const int64_t (&stride)[3], const Tile& tile, int64_t lane) {
+  return data + tile.b * stride[0] + tile.head[lane] * stride[1] + tile.row[lane] * stride[2];
+}
+
+// The keys that each lane may attend to, as ranges clamped to [0, Lk); the meaning of each plan is
+// defined in manyheads/spec.py. A dense plan leaves the whole row, and is read per block.
+inline void find_ranges(const Forward& call, Tile& tile) {
+  const Mask& mask = call.mask;
+  const int32_t Lk = int32_t(call.Lk);
+  const auto clamp = [Lk](int32_t x) { return x < 0 ? 0 : x > Lk ? Lk : x; };
+  const auto smaller = [](int32_t x, int32_t y) { return x < y ? x : y; };
+  const auto larger = [](int32_t x, int32_t y) { return x > y ? x : y; };
+  if (mask.kind == PlanKind::intervals) {
+    for (int lane = 0; lane < tile.lanes(); ++lane) {
+      const int32_t* range = at_lane(mask.ranges, mask.ranges_stride, tile, lane);
+      for (int r = 0; r < tile.num_ranges; ++r) {
+        tile.begin[r][lane] = clamp(range[2 * r]);
+        tile.end[r][lane] = clamp(range[2 * r + 1]);
+      }
+    }
+  } else if (mask.kind == PlanKind::band) {
+    const int32_t left = int32_t(mask.left.at(tile.b)), right = int32_t(mask.right.at(tile.b));
+    const int32_t start = clamp(int32_t(mask.key_start.at(tile.b)));
+    const int32_t end = clamp(int32_t(mask.key_end.at(tile.b)));
+    const int32_t first = clamp(start + clamp(int32_t(mask.first_n.at(tile.b))));
+    for (int lane = 0; lane < tile.lanes(); ++lane) {
+      const int32_t position = tile.position[lane];
+      const int32_t window_end = clamp(smaller(end, position + right + 1));
+      tile.begin[0][lane] = clamp(larger(start, position - left));
+      tile.end[0][lane] = window_end;
+      tile.begin[1][lane] = start;
+      tile.end[1][lane] = smaller(first, mask.first_within_right ? window_end : end);
+    }
+  } else {
+    for (int lane = 0; lane < tile.lanes(); ++lane) {
+      tile.begin[0][lane] = 0;
+      tile.end[0][lane] = Lk;
+    }
+  }
+  int32_t hull_begin = Lk, hull_end = 0;
+  for (int r = 0; r < tile.num_ranges; ++r) {
+    for (int lane = 0; lane < tile.lanes(); ++lane) {
+      const int32_t begin = tile.begin[r][lane], end = tile.end[r][lane];
+      hull_begin = smaller(hull_begin, begin < end ? begin : Lk);
+      hull_end = larger(hull_end, begin < end ? end : 0);
+    }
+  }
+  tile.keys = {hull_begin, hull_end};
 }
 
 inline int count_ranges(const Mask& mask) {
   if (mask.kind == PlanKind::intervals) return int(mask.num_ranges);
   const bool first = mask.kind == PlanKind::band && (mask.first_n.values || mask.first_n.value > 0);
   return first ? 2 : 1;
+}
+
+inline bool has_bias(const Bias& bias) {
+  return bias.slopes || bias.distance_values || bias.dense;
 }
 
 // Qᵀ of the tile's lanes: [D][lanes]. The sign of a negative scale goes here, so that the kernel's
@@ -107,11 +140,8 @@ inline void pack_query(const Forward& call, Tile& tile) {
   const Vec sign = set(call.scale < 0 ? -1.0f : 1.0f);
   for (int v = 0; v < tile.vectors; ++v) {
     const float* source[W];
-    for (int i = 0; i < W; ++i) {
-      const LaneId id = lane_id(call, tile, v * W + i);
-      source[i] = call.query + tile.b * call.query_stride[0] + id.head * call.query_stride[1] +
-                  id.row * call.query_stride[2];
-    }
+    for (int i = 0; i < W; ++i)
+      source[i] = at_lane(call.query, call.query_stride, tile, v * W + i);
     for (int64_t d = 0; d < call.D; d += W) {
       const int64_t columns = minimum(W, call.D - d);
       Vec rows[W];
@@ -132,34 +162,37 @@ inline void clear(Partial& partial, int64_t lanes, int64_t Dv) {
   }
 }
 
-// tile.b, hkv, first, count, vectors and the buffers are set; this fills in the rest.
-inline void start_tile(const Forward& call, Tile& tile) {
+inline void find_positions(const Forward& call, Tile& tile) {
+  const int32_t start = int32_t(call.query_start.at(tile.b));
+  for (int lane = 0; lane < tile.lanes(); ++lane) tile.position[lane] = start + tile.row[lane];
+  if (!call.positions) return;
+  const int32_t* positions = call.positions + tile.b * call.positions_stride;
+  for (int lane = 0; lane < tile.lanes(); ++lane)
+    tile.position[lane] = positions[tile.row[lane]];
+}
+
+inline void find_bias(const Forward& call, Tile& tile) {
   const Bias& bias = call.bias;
-  tile.num_ranges = count_ranges(call.mask);
-  tile.keys = {int32_t(call.Lk), 0};
   for (int lane = 0; lane < tile.lanes(); ++lane) {
-    const LaneId id = lane_id(call, tile, lane);
-    const int64_t position = call.positions
-                                 ? call.positions[tile.b * call.positions_stride + id.row]
-                                 : call.query_start.at(tile.b) + id.row;
-    tile.position[lane] = int32_t(position);
-    find_ranges(call, tile.b, id, position, lane, tile);
-    for (int r = 0; r < tile.num_ranges; ++r) {
-      if (tile.begin[r][lane] >= tile.end[r][lane]) continue;
-      if (tile.begin[r][lane] < tile.keys.begin) tile.keys.begin = tile.begin[r][lane];
-      if (tile.end[r][lane] > tile.keys.end) tile.keys.end = tile.end[r][lane];
-    }
-    if (bias.slopes) tile.slope[lane] = bias.slopes[id.head];
-    if (bias.distance_values)
-      tile.distance_base[lane] = int32_t(id.head * bias.num_distances);
+    const int32_t row = tile.row[lane], head = tile.head[lane];
+    if (bias.slopes) tile.slope[lane] = bias.slopes[head];
+    if (bias.distance_values) tile.distance_base[lane] = int32_t(head * bias.num_distances);
     if (bias.dense)
       tile.bias_row[lane] = bias.dense + tile.b * bias.dense_stride[0] +
-                            id.head * bias.dense_stride[1] + id.row * bias.dense_stride[2];
-    if (call.mask.kind == PlanKind::dense)
-      tile.allowed_row[lane] = call.mask.allowed + tile.b * call.mask.allowed_stride[0] +
-                               id.head * call.mask.allowed_stride[1] +
-                               id.row * call.mask.allowed_stride[2];
+                            head * bias.dense_stride[1] + row * bias.dense_stride[2];
   }
+}
+
+// tile.b, hkv, first, count, vectors and the buffers are set; this fills in the rest.
+inline void start_tile(const Forward& call, Tile& tile) {
+  name_lanes(call, tile);
+  tile.num_ranges = count_ranges(call.mask);
+  find_positions(call, tile);
+  find_ranges(call, tile);
+  if (has_bias(call.bias)) find_bias(call, tile);
+  if (call.mask.kind == PlanKind::dense)
+    for (int lane = 0; lane < tile.lanes(); ++lane)
+      tile.allowed_row[lane] = at_lane(call.mask.allowed, call.mask.allowed_stride, tile, lane);
   pack_query(call, tile);
   clear(tile.inner, tile.lanes(), call.Dv);
   if (call.Lk > kSpan) clear(tile.outer, tile.lanes(), call.Dv);
