@@ -195,8 +195,6 @@ class MultiHeadAttention(nn.Module):
         q = self._heads(self.q_proj(query), self.num_heads, self.q_norm)
         k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm)
         v = self._heads(self.v_proj(value), self.num_kv_heads)
-        # A norm may have widened them, under autocast for one.
-        q, k = q.to(v.dtype), k.to(v.dtype)
 
         past = 0 if cache is None else cache.length
         mask = _both(self.mask, mask)
@@ -269,7 +267,9 @@ class MultiHeadAttention(nn.Module):
         """[B, L, heads * D] seen as [B, heads, L, D]; nothing is copied."""
         split = projected.reshape(*projected.shape[:2], heads, self.head_dim)
         if norm is not None:
-            split = norm(split)
+            # Autocast leaves a norm's weights in float32, and so its input has to be.
+            wide = torch.is_autocast_enabled(split.device.type)
+            split = norm(split.float() if wide else split).to(split.dtype)
         return split.transpose(1, 2)
 
     @classmethod
