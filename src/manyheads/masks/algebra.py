@@ -121,7 +121,9 @@ class Mask(Value):
             try:
                 plan = self._ranges(frame).plan(geometry)
             except NotCompactError as error:
-                plan = self._dense_plan(frame, f"{_shortened(repr(self))}: {error}")
+                # torch.compile cannot trace repr().
+                name = "mask" if torch.compiler.is_compiling() else _shortened(repr(self))
+                plan = self._dense_plan(frame, f"{name}: {error}")
         return plan, frame.positions
 
     def _dense_plan(self, frame: Frame, reason: str) -> DensePlan:
@@ -241,7 +243,7 @@ class AllOf(_Combination):
         inner = self._inside(frame)
         ranges = self.parts[0]._ranges(inner)
         for part in self.parts[1:]:
-            ranges = ranges & part._ranges(inner)
+            ranges = ranges.meet(part._ranges(inner))
         return ranges
 
 
@@ -270,7 +272,7 @@ class AnyOf(_Combination):
             return window
         ranges = self.parts[0]._ranges(frame)
         for part in self.parts[1:]:
-            ranges = ranges | part._ranges(frame)
+            ranges = ranges.join(part._ranges(frame))
         return ranges
 
 
@@ -292,7 +294,7 @@ class Not(Mask):
         return ~self.part._allowed(frame)
 
     def _ranges(self, frame: Frame) -> Ranges:
-        return ~self.part._ranges(frame)
+        return self.part._ranges(frame).complement()
 
     def _values(self) -> tuple[Any, ...]:
         return (self.part,)
@@ -331,7 +333,7 @@ def band_ranges(band: Band, frame: Frame) -> Ranges:
         end = end if right is None else p + (right + 1)
     ranges = one_range(start, end, geometry)
     end = geometry.k_len if band.key_end is None else frame.column(band.key_end)
-    return ranges & one_range(frame.column(band.key_start), end, geometry)
+    return ranges.meet(one_range(frame.column(band.key_start), end, geometry))
 
 
 def _window_ranges(mask: Mask, frame: Frame) -> Ranges | None:

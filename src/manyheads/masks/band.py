@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
+from torch import Tensor
+
 from manyheads.masks.frame import largest, least, same
 from manyheads.spec import BandPlan, FullPlan, PerBatch
 
@@ -52,7 +54,7 @@ class Band(NamedTuple):
             return None
         start = start if same(start, 0) else least(start, k_len)
         if end is not None:
-            end = least(end, k_len)
+            end = None if not isinstance(end, Tensor) and end >= k_len else least(end, k_len)
         if first is not None:
             return BandPlan(left, right, first.n, first.right == right, start, end)
         if left is None and right is None and end is None and same(start, 0):

@@ -28,6 +28,8 @@ def values_readable(tensor: Tensor) -> bool:
 
 def whole_number(value: Any, what: str) -> int:
     """`value` as an int that is not negative; numpy integers are welcome, bools are not."""
+    if type(value) is int and value >= 0:
+        return value
     if isinstance(value, bool):
         number = None
     elif isinstance(value, int):
@@ -52,6 +54,8 @@ def whole_numbers(value: Any, what: str, *, max_dims: int = 1) -> Numbers:
 
     Ragged nested lists are filled up with zeros, so that every row has the same length.
     """
+    if type(value) is int:
+        return whole_number(value, what)
     if isinstance(value, Tensor):
         return _whole_tensor(value, what, max_dims)
     if hasattr(value, "tolist"):  # numpy arrays and numbers
@@ -99,10 +103,16 @@ def size_of(value: Numbers) -> tuple[int, ...]:
     return (len(value),)
 
 
+def broadcasts(size: int, to: int) -> bool:
+    """A tensor's axis serves a call's axis: it has its size, or is 1."""
+    # Not `size in (1, to)`: torch.compile compares symbolic sizes only one by one.
+    return size == 1 or size == to
+
+
 def check_per_batch(value: Numbers, what: str, batch: int) -> None:
     """One number for all, or exactly one per batch element."""
     size = size_of(value)
-    if size not in ((), (batch,)):
+    if len(size) > 1 or (size and size[0] != batch):
         raise ShapeError(
             f"{what} must be one number or one per batch element; got shape {list(size)} "
             f"for batch size {batch}. Expected shape [{batch}]."
@@ -114,5 +124,5 @@ def largest_value(value: Numbers) -> int | None:
     if isinstance(value, Tensor):
         return int(value.max()) if value.numel() and values_readable(value) else None
     if isinstance(value, tuple):
-        return max(cast("tuple[int, ...]", value), default=None)
+        return max(cast("tuple[int, ...]", value)) if value else None
     return value

@@ -13,13 +13,14 @@ from manyheads.masks.algebra import Mask, band_ranges
 from manyheads.masks.band import Band
 from manyheads.masks.checks import (
     Numbers,
+    broadcasts,
     check_per_batch,
     largest_value,
     size_of,
     values_readable,
     whole_numbers,
 )
-from manyheads.masks.frame import DocumentTable, Frame, least
+from manyheads.masks.frame import DocumentTable, Frame, int32_tensor
 from manyheads.masks.ranges import Ranges, one_range
 from manyheads.spec import Geometry, PerBatch
 
@@ -79,8 +80,6 @@ class KeyRange(Mask):
     def _band(self, frame: Frame) -> Band:
         start = frame.number(self.start)
         end = None if self.end is None else frame.number(self.end)
-        if isinstance(end, int) and end >= frame.geometry.k_len:
-            end = None
         return Band(key_start=start, key_end=end)
 
     def _ranges(self, frame: Frame) -> Ranges:
@@ -129,14 +128,16 @@ class KeyLengths(Mask):
             )
 
     def _query_start(self, geometry: Geometry) -> PerBatch:
-        return Frame.at_zero(geometry).number(self.lengths) - geometry.q_len
+        if isinstance(self.lengths, int):
+            return self.lengths - geometry.q_len
+        return int32_tensor(self.lengths, geometry.device) - geometry.q_len
 
     def _allowed(self, frame: Frame) -> Tensor:
         allowed: Tensor = frame.keys() < frame.column(frame.number(self.lengths))
         return allowed
 
     def _band(self, frame: Frame) -> Band:
-        return Band(key_end=least(frame.number(self.lengths), frame.geometry.k_len))
+        return Band(key_end=frame.number(self.lengths))
 
     def _ranges(self, frame: Frame) -> Ranges:
         return band_ranges(self._band(frame), frame)
@@ -205,7 +206,7 @@ class Documents(Mask):
             ("k_lengths", self._key_lengths, geometry.k_len),
         ):
             size = size_of(lengths)
-            if len(size) == 2 and size[0] not in (1, geometry.batch):
+            if len(size) == 2 and not broadcasts(size[0], geometry.batch):
                 raise ShapeError(
                     f"Documents' {name} must be one list, or one per batch element; got shape "
                     f"{list(size)} for batch size {geometry.batch}."
@@ -241,7 +242,7 @@ class Documents(Mask):
 
     def _ends(self, lengths: Numbers, geometry: Geometry) -> Tensor:
         """int32 [B|1, documents]: one past each document's last row or key."""
-        lengths = Frame.at_zero(geometry).tensor(lengths)
+        lengths = int32_tensor(lengths, geometry.device)
         if lengths.shape[-1] == 0:  # no document at all: one that is empty
             lengths = lengths.new_zeros((*lengths.shape[:-1], 1))
         return lengths.reshape(-1, lengths.shape[-1]).cumsum(1, dtype=torch.int32)
@@ -322,7 +323,7 @@ class QueryRows(Mask):
             whole = self.rows.to(frame.device)
         else:
             whole = torch.zeros(frame.geometry.q_len, dtype=torch.bool, device=frame.device)
-            whole = whole.index_fill(0, frame.tensor(self.rows).long(), True)
+            whole = whole.index_fill(0, int32_tensor(self.rows, frame.device).long(), True)
         return whole[None, None, :, None]
 
     def _allowed(self, frame: Frame) -> Tensor:

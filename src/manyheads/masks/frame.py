@@ -23,6 +23,15 @@ def bounded(number: int) -> int:
     return min(number, _FAR)
 
 
+def int32_tensor(value: Numbers, device: torch.device) -> Tensor:
+    """Numbers of any shape as an int32 tensor on the device."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=torch.int64)
+    if value.dtype == torch.int64:
+        value = value.clamp(max=_FAR)
+    return value.to(device, torch.int32)
+
+
 def largest(a: PerBatch, b: PerBatch) -> PerBatch:
     """The larger of two numbers, each an int or int32 [B]; keeps identity where it can."""
     if a is b:
@@ -77,11 +86,6 @@ class Frame:
     in_documents: bool = False  # this submask is `&`-ed with the Documents
     numbers: list[tuple[Numbers, Tensor]] = field(default_factory=list)  # made once per lowering
 
-    @staticmethod
-    def at_zero(geometry: Geometry) -> Frame:
-        """A frame for what needs the sizes and the device only."""
-        return Frame(geometry, QueryPositions())
-
     @property
     def device(self) -> torch.device:
         """Where the call's tensors are, and the plan's."""
@@ -105,17 +109,9 @@ class Frame:
         for known, tensor in self.numbers:
             if known is value:
                 return tensor
-        tensor = self.tensor(value)
+        tensor = int32_tensor(value, self.device)
         self.numbers.append((value, tensor))
         return tensor
-
-    def tensor(self, value: Numbers) -> Tensor:
-        """`value` as an int32 tensor on the device."""
-        if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.int64)
-        if value.dtype == torch.int64:
-            value = value.clamp(max=_FAR)
-        return value.to(self.device, torch.int32)
 
     def column(self, value: PerBatch) -> PerBatch:
         """An int as it is, int32 [B] as [B, 1, 1, 1]."""

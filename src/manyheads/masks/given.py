@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.errors import ArgumentTypeError, ShapeError
 from manyheads.masks.algebra import Mask
+from manyheads.masks.checks import broadcasts
 from manyheads.masks.frame import Frame
 from manyheads.masks.ranges import MOST_RANGES, NotCompactError, Ranges, scan, stack_rows
 from manyheads.spec import DensePlan, Geometry
@@ -67,7 +68,8 @@ class Dense(Mask):
     def _check(self, geometry: Geometry) -> None:
         sizes = (geometry.batch, geometry.q_heads, geometry.q_len, geometry.k_len)
         b, h, q, k = (1, 1, *self.allowed.shape)[-4:]
-        if b not in (1, sizes[0]) or h not in (1, sizes[1]) or (q, k) != sizes[2:]:
+        fits = broadcasts(b, sizes[0]) and broadcasts(h, sizes[1])
+        if not fits or q != sizes[2] or k != sizes[3]:
             raise ShapeError(
                 f"A dense mask must fit the call: [Lq, Lk] = {list(sizes[2:])}, or "
                 f"[B|1, Hq|1, Lq, Lk] = {list(sizes)}; got {list(self.allowed.shape)}. "
@@ -174,7 +176,7 @@ class Predicate(Mask):
             )
         sizes = (geometry.batch, geometry.q_heads, p.shape[2], geometry.k_len)
         shape = (1, 1, 1, 1, *allowed.shape)[-max(4, allowed.dim()) :]
-        if len(shape) > 4 or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
+        if len(shape) > 4 or not all(map(broadcasts, shape, sizes)):
             raise ShapeError(
                 f"{self!r} must return a tensor that broadcasts to [B, Hq, rows, Lk] = "
                 f"{list(sizes)}; got {list(allowed.shape)}. Keep the arguments' four axes."

@@ -46,7 +46,8 @@ class Ranges:
         """R, the number of ranges per row."""
         return self.starts.shape[-1]
 
-    def __and__(self, other: Ranges) -> Ranges:
+    def meet(self, other: Ranges) -> Ranges:
+        """A & b."""
         starts = torch.maximum(self.starts[..., :, None], other.starts[..., None, :])
         ends = torch.minimum(self.ends[..., :, None], other.ends[..., None, :])
         starts, ends = starts.flatten(-2), torch.maximum(starts, ends).flatten(-2)
@@ -64,7 +65,8 @@ class Ranges:
         whole_rows = self.whole_rows and other.whole_rows
         return Ranges(starts, ends, self.k_len, from_zero, to_end, whole_rows)
 
-    def __or__(self, other: Ranges) -> Ranges:
+    def join(self, other: Ranges) -> Ranges:
+        """A | b."""
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         if self.is_everything or other.is_everything:
@@ -86,7 +88,8 @@ class Ranges:
         flags = self.from_zero or other.from_zero, self.to_end or other.to_end
         return Ranges(starts, ends, self.k_len, *flags)
 
-    def __invert__(self) -> Ranges:
+    def complement(self) -> Ranges:
+        """~a, within [0, Lk)."""
         edge = self.starts.new_zeros(()).expand(*self.starts.shape[:-1], 1)
         starts = torch.cat([edge, self.ends], -1)
         ends = torch.cat([self.starts, edge + self.k_len], -1)
@@ -150,27 +153,29 @@ def one_range(
 def scan(allowed: Tensor) -> Ranges | None:
     """The ranges of a bool mask [b, h, rows, Lk]; None if a row has more than MOST_RANGES."""
     lead, k_len = allowed.shape[:-1], allowed.shape[-1]
-    rows = lead.numel()
-    begins = allowed.clone(memory_format=torch.contiguous_format)
+    rows, width = lead.numel(), (k_len // 8 + 1) * 8
+    # Where a row changes, with nothing allowed before its first key and after its last: a start,
+    # an end, a start, ...
+    edges = allowed.new_zeros((*lead, width))
     if k_len:
-        begins[..., 1:] &= ~allowed[..., :-1]
-    first = begins.flatten().nonzero().flatten()
-    if first.numel() > MOST_RANGES * rows:
+        edges[..., 0], edges[..., k_len] = allowed[..., 0], allowed[..., -1]
+        torch.logical_xor(allowed[..., 1:], allowed[..., :-1], out=edges[..., 1:k_len])
+    # Changes are few: eight bools at a time are looked for as one int64.
+    words = edges.view(torch.int64).flatten().nonzero()[:, 0]
+    if words.numel() > 2 * MOST_RANGES * rows:
         return None
-    row = first // max(k_len, 1)
+    word, byte = edges.view(-1, 8)[words].nonzero().unbind(1)
+    place = words[word] * 8 + byte
+    row = place[::2] // width
     counts = row.bincount(minlength=rows)
     count = int(counts.max()) if rows else 0
     if count > MOST_RANGES:
         return None
-    stops = allowed.clone(memory_format=torch.contiguous_format)
-    if k_len:
-        stops[..., :-1] &= ~allowed[..., 1:]
-    last = stops.flatten().nonzero().flatten()
-    nth = torch.arange(first.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
+    nth = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
     starts = torch.full((rows, count), k_len, dtype=torch.int32, device=allowed.device)
     ends = starts.clone()
-    starts[row, nth] = (first - row * k_len).int()
-    ends[row, nth] = (last - row * k_len + 1).int()
+    starts[row, nth] = (place[::2] - row * width).int()
+    ends[row, nth] = (place[1::2] - row * width).int()
     return Ranges(starts.view(*lead, count), ends.view(*lead, count), k_len)
 
 

@@ -10,8 +10,15 @@ from torch import Tensor
 from manyheads.errors import ArgumentError, ShapeError
 from manyheads.masks.algebra import Mask, band_ranges
 from manyheads.masks.band import Band, First
-from manyheads.masks.checks import Numbers, check_per_batch, size_of, whole_number, whole_numbers
-from manyheads.masks.frame import Frame, bounded
+from manyheads.masks.checks import (
+    Numbers,
+    broadcasts,
+    check_per_batch,
+    size_of,
+    whole_number,
+    whole_numbers,
+)
+from manyheads.masks.frame import Frame, bounded, int32_tensor
 from manyheads.masks.ranges import Ranges, one_range
 from manyheads.spec import PerBatch
 
@@ -75,12 +82,10 @@ class Window(Mask):
     _sizeless = True
 
     def __post_init__(self) -> None:
-        for side in ("left", "right"):
-            value = getattr(self, side)
-            if value is None:
-                continue
-            what = f"Window's {side} (None means no bound)"
-            self._remember(**{side: whole_number(value, what)})
+        if self.left is not None:
+            self._remember(left=whole_number(self.left, "Window's left (None: no bound)"))
+        if self.right is not None:
+            self._remember(right=whole_number(self.right, "Window's right (None: no bound)"))
 
     def _allowed(self, frame: Frame) -> Tensor:
         distance = frame.keys() - frame.row_positions()
@@ -152,12 +157,13 @@ class FirstKeys(Mask):
         if table is None or not frame.in_documents or isinstance(self.n, int):
             return frame.origin() + frame.column(self._per_batch(frame))
         size, batch = size_of(self.n), frame.geometry.batch
-        if size[-1] not in (1, table.count) or (len(size) == 2 and size[0] not in (1, batch)):
+        fits = broadcasts(size[-1], table.count)
+        if not fits or (len(size) == 2 and not broadcasts(size[0], batch)):
             raise ShapeError(
                 f"FirstKeys' n, next to Documents, must be one number, one per document "
                 f"[{table.count}], or [{batch}, {table.count}]; got shape {list(size)}."
             )
-        n = frame.tensor(self.n).reshape(-1, size[-1])
+        n = int32_tensor(self.n, frame.device).reshape(-1, size[-1])
         rows, number = max(n.shape[0], table.number.shape[0]), table.number
         n = n.expand(rows, table.count).gather(1, number.expand(rows, -1))
         return frame.origin() + n[:, None, :, None]
