@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from manyheads.errors import ManyHeadsError
+from manyheads.functional import attention
+from manyheads.masks import Causal, Mask, Window
 
 #: More than this share of one core taken by others, and a timing is not called quiet.
 QUIET_LIMIT = 0.05
@@ -60,10 +63,12 @@ class Comparison:
 
     @property
     def ours_seconds(self) -> float:
+        """Our median time per call."""
         return statistics.median(self.ours)
 
     @property
     def peer_seconds(self) -> float:
+        """The peer's median time per call."""
         return statistics.median(self.peer)
 
     @property
@@ -133,7 +138,7 @@ def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, value_dim
 
 
 def fma_peak(seconds: float = 0.3) -> float | None:
-    """This machine's float32 multiply-add rate in GFLOP/s, measured now on the threads in use.
+    """The machine's float32 multiply-add rate in GFLOP/s, measured now on the threads in use.
 
     None when the native library is not there to measure it.
     """
@@ -143,6 +148,63 @@ def fma_peak(seconds: float = 0.3) -> float | None:
         return float(torch.ops.manyheads.fma_peak(seconds))
     except (ImportError, AttributeError, RuntimeError):
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCase:
+    """One shape to time: queries as long as keys, random float32, causal unless `window` says more.
+
+    window: how many keys a query sees, itself included; None for all the keys before it.
+    """
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    length: int
+    head_dim: int
+    batch: int = 1
+    causal: bool = True
+    window: int | None = None
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """query, key, value; the same on every call."""
+        random = torch.Generator().manual_seed(0)
+        heads = (self.q_heads, self.kv_heads, self.kv_heads)
+        query, key, value = (
+            torch.randn(self.batch, h, self.length, self.head_dim, generator=random) for h in heads
+        )
+        return query, key, value
+
+    def mask(self) -> Mask | None:
+        """The case's mask; None for all keys."""
+        if not self.causal:
+            return None
+        return Causal() if self.window is None else Causal() & Window(self.window - 1, 0)
+
+    @property
+    def flops(self) -> int:
+        """The useful operations: only pairs that the mask allows count."""
+        length, window = self.length, self.window or self.length
+        pairs = length * window - window * (window - 1) // 2 if self.causal else length * length
+        return attention_flops(self.batch, self.q_heads, pairs, self.head_dim, self.head_dim)
+
+
+def against_sdpa(case: AttentionCase, pairs: int = 7) -> Comparison:
+    """Our attention and PyTorch's on the same inputs; PyTorch gets its best form of the mask."""
+    query, key, value = case.inputs()
+    mask = case.mask()
+    dense = None
+    if case.window is not None and mask is not None:
+        dense = mask.materialize(case.length, case.length)
+    grouped = case.q_heads != case.kv_heads
+    is_causal = case.causal and dense is None
+    return compare(
+        lambda: attention(query, key, value, mask=mask),
+        lambda: scaled_dot_product_attention(
+            query, key, value, attn_mask=dense, is_causal=is_causal, enable_gqa=grouped
+        ),
+        pairs=pairs,
+    )
 
 
 class BusyWatch:

