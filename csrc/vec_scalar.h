@@ -44,8 +44,26 @@ inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
-// Two roundings: a fused one would be a library call per lane on machines without the instruction.
-inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+// a * b + c. Without the instruction, a double holds the product exactly and the sum nearly so: two
+// roundings to float would leave the numerics rule.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#ifdef __FP_FAST_FMAF
+  for (int i = 0; i < 4; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+#else
+  typedef float Pair __attribute__((vector_size(8)));
+  typedef double Wide __attribute__((vector_size(16)));
+  const auto low = [](Vec x) {
+    return __builtin_convertvector(__builtin_shufflevector(x.v, x.v, 0, 1), Wide);
+  };
+  const auto high = [](Vec x) {
+    return __builtin_convertvector(__builtin_shufflevector(x.v, x.v, 2, 3), Wide);
+  };
+  const Pair first = __builtin_convertvector(low(a) * low(b) + low(c), Pair);
+  const Pair second = __builtin_convertvector(high(a) * high(b) + high(c), Pair);
+  return {__builtin_shufflevector(first, second, 0, 1, 2, 3)};
+#endif
+}
 inline Vec select(Lanes which, Vec yes, Vec no) { return {which.v ? yes.v : no.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 
