@@ -6,18 +6,22 @@ code with the masks. Random expressions compare it with `materialize` and with t
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import operator
+import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manyheads import masks
+from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
 from manyheads.masks import (
     Causal,
     Chunks,
@@ -30,7 +34,7 @@ from manyheads.masks import (
     QueryRows,
     Window,
 )
-from manyheads.spec import BandPlan, Geometry, IntervalsPlan
+from manyheads.spec import BandPlan, FullPlan, Geometry, IntervalsPlan
 
 CPU = torch.device("cpu")
 
@@ -391,3 +395,511 @@ def check_plan_form(plan, where):
         for edge in (plan.key_start, plan.key_end):
             if edge is not None:
                 assert (torch.as_tensor(edge) <= where.k_len).all()
+
+
+# --- What lowers to what ----------------------------------------------------------------------
+
+LENGTHS = torch.tensor([7, 5, 3])
+STARTS = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+BANDS = [
+    (Causal(), BandPlan(right=0)),
+    (Window(3, 0), BandPlan(left=3, right=0)),
+    (Window(3, None), BandPlan(left=3)),
+    (Causal() & Window(3, 2), BandPlan(left=3, right=0)),
+    (Window(3, 1) | Window(0, 2), BandPlan(left=3, right=2)),
+    (Causal() | FirstKeys(3), BandPlan(right=0, first_n=3, first_within_right=False)),
+    (Causal() | FirstKeys(LENGTHS), BandPlan(None, 0, LENGTHS, False)),
+    (Causal() & (Window(2, 0) | FirstKeys(1)), BandPlan(2, 0, 1)),
+    ((Window(2, 0) | FirstKeys(1)) & Causal(), BandPlan(2, 0, 1)),
+    ((Causal() & Window(2, 0)) | (Causal() & FirstKeys(1)), BandPlan(2, 0, 1)),
+    (Window(2, 0) | FirstKeys(1), BandPlan(2, 0, 1, False)),
+    (Causal() & Window(2, 0) | FirstKeys(1), BandPlan(2, 0, 1, False)),
+    ((Causal() | FirstKeys(2)) & (Window(4, 0) | FirstKeys(2)), BandPlan(4, 0, 2, False)),
+    (FirstKeys(2), BandPlan(key_end=2)),
+    (Causal() & FirstKeys(2), BandPlan(right=0, key_end=2)),
+    (Window(2, 0) & FirstKeys(2), BandPlan(2, 0, key_end=2)),
+    (KeyRange(2), BandPlan(key_start=2)),
+    (KeyRange(2, 5), BandPlan(key_start=2, key_end=5)),
+    (KeyRange(2, 50), BandPlan(key_start=2)),
+    (Causal() & KeyRange(STARTS), BandPlan(right=0, key_start=STARTS)),
+    (KeyRange(STARTS) & (Causal() | FirstKeys(2)), BandPlan(None, 0, 2, False, STARTS)),
+    (
+        Causal() & (Window(2, 0) | FirstKeys(1)) & KeyRange(STARTS, 6),
+        BandPlan(2, 0, 1, True, STARTS, 6),
+    ),
+    (KeyLengths(LENGTHS), BandPlan(key_end=LENGTHS)),
+    (Causal() & KeyLengths([7, 5, 3]), BandPlan(right=0, key_end=LENGTHS)),
+    (Causal() & KeyLengths(6), BandPlan(right=0, key_end=6)),
+    (Causal() & KeyLengths(LENGTHS) & KeyRange(1, 5), BandPlan(None, 0, 0, True, 1, LENGTHS)),
+    (~~Causal(), BandPlan(right=0)),
+]
+
+
+def same_number(got, expected):
+    if isinstance(expected, torch.Tensor):
+        return isinstance(got, torch.Tensor) and got.dtype == torch.int32
+    return type(got) is type(expected) and got == expected
+
+
+@pytest.mark.parametrize(("mask", "expected"), BANDS, ids=lambda value: repr(value)[:60])
+def test_common_forms_are_bands(mask, expected):
+    where = geometry(5, 7, batch=3)
+    plan = check_lowering(mask, where)
+    assert isinstance(plan, BandPlan)
+    for name in ("left", "right", "first_n", "key_start", "key_end"):
+        assert same_number(getattr(plan, name), getattr(expected, name)), (name, plan)
+    if not same_number(expected.first_n, 0):
+        assert plan.first_within_right == expected.first_within_right
+
+
+@pytest.mark.parametrize(
+    "mask", [None, Window(None, None), KeyRange(0), Causal() | Window(0, None), KeyLengths(7)]
+)
+def test_masks_that_allow_everything_are_full(mask):
+    plan, positions = masks.lower(mask, geometry(5, 7))
+    assert isinstance(plan, FullPlan) and positions.start == 2
+
+
+DOCS = Documents([2, 3], [3, 4])
+SINKS = Causal() & (Window(1, 0) | FirstKeys(1))
+
+INTERVALS = [
+    (DOCS, 1),
+    (Causal() & DOCS, 1),
+    (DOCS & Window(2, 0), 1),
+    (DOCS & (Window(2, 0) | Window(0, 1)), 1),
+    (DOCS & (Causal() | FirstKeys(2)), 1),
+    (DOCS & SINKS, 2),
+    (DOCS | QueryRows([1]), 1),
+    (Chunks(3), 1),
+    (Causal() & Chunks(3), 1),
+    (DOCS & Chunks(2) & Causal(), 1),
+    (~Causal(), 1),
+    (~Window(1, 1), 2),
+    (~KeyRange(2, 4), 2),
+    (~KeyRange(2), 1),
+    (~DOCS, 2),
+    (~~(Causal() | DOCS), 2),
+    (Causal() | DOCS, 2),
+    (Causal() | KeyRange(0, 3) | FirstKeys(4), 1),
+    (~Causal() | KeyRange(3), 1),
+    (Window(1, 1) & ~Chunks(3), 2),
+    (QueryRows([0, 3]), 1),
+    (Window(1, 1) | QueryRows([0, 3]), 1),
+    (Window(1, 1) | FirstKeys(1) | QueryRows([0]), 2),
+    (~QueryRows([0, 3]) & Window(0, 0), 1),
+    (KeyRange(0, 1) | KeyRange(3, 5) | KeyRange(6), 3),
+    ((KeyRange(0, 1) | KeyRange(3, 5)) & (Chunks(2) | Window(0, 0)), 3),
+    (Window(0, 0) | DOCS | Chunks(2) | KeyRange(3, 4), 4),
+    (Window(2, 0) & FirstKeys(1) | KeyRange(3, 4), 2),
+]
+
+
+@pytest.mark.parametrize(("mask", "count"), INTERVALS, ids=lambda value: repr(value)[:60])
+def test_the_number_of_ranges_follows_from_the_expression(mask, count):
+    plan = check_lowering(mask, geometry(5, 7))
+    assert isinstance(plan, IntervalsPlan)
+    assert plan.ranges.shape == (1, 1, 5, count, 2)
+
+
+def test_the_number_of_ranges_is_not_read_off_numbers():
+    for cut in ([0, 5], [2, 3], [5, 0]):
+        where = geometry(5, 5)
+        plan, _ = masks.lower(Documents(torch.tensor(cut)) | Window(0, 0), where)
+        assert plan.ranges.shape[3] == 2
+
+
+def test_too_many_ranges_are_dense_and_say_so():
+    mask = KeyRange(0, 1) | KeyRange(2, 3) | KeyRange(4, 5) | KeyRange(6, 7) | Window(0, 0)
+    plan = check_lowering(mask, geometry(5, 7))
+    assert plan.kind == "dense" and not plan.from_user
+    assert "up to 5 key ranges per query row, and a compact plan holds 4" in plan.reason
+    assert "KeyRange(0, 1) | KeyRange(2, 3)" in plan.reason
+    many = functools.reduce(operator.or_, [KeyRange(2 * i, 2 * i + 1) for i in range(40)])
+    plan = check_lowering(many, geometry(3, 83))
+    assert plan.kind == "dense" and "more than 16 key ranges" in plan.reason
+    # A complement can bring an intermediate result back.
+    assert check_lowering(~(~mask & KeyRange(0, 1)), geometry(5, 7)).kind == "dense"
+    four = Window(0, 0) | DOCS | Chunks(2) | KeyRange(3, 4)
+    assert check_lowering(~~four, geometry(5, 7)).kind == "intervals"
+
+
+def test_a_dense_mask_becomes_intervals_if_its_rows_are_runs():
+    runs = (torch.arange(29)[:, None] // 4 == torch.arange(31) // 4) | (torch.arange(31) < 2)
+    plan = check_lowering(Dense(runs), geometry(29, 31))
+    assert isinstance(plan, IntervalsPlan) and plan.ranges.shape == (1, 1, 29, 2, 2)
+    per_head = torch.stack([runs, runs.roll(1, 0), ~runs])[None]
+    plan = check_lowering(Dense(per_head), geometry(29, 31, batch=2, q_heads=3))
+    assert plan.ranges.shape[:3] == (1, 3, 29)
+    assert (
+        check_lowering(Dense(per_head) & Causal(), geometry(29, 31, q_heads=3)).kind == "intervals"
+    )
+    plan, _ = masks.lower(torch.ones(3, 5, dtype=torch.bool).tril(), geometry(3, 5))
+    assert plan.ranges.tolist() == [[[[[0, 1]], [[0, 2]], [[0, 3]]]]]
+
+
+def test_a_dense_mask_without_runs_is_used_as_it_is():
+    checkered = (torch.arange(11)[:, None] + torch.arange(13)) % 2 == 0
+    plan = check_lowering(Dense(checkered), geometry(11, 13))
+    assert plan.kind == "dense" and plan.from_user
+    assert plan.allowed.data_ptr() == checkered.data_ptr()
+    assert plan.reason == "Dense(tensor(bool[11, 13])): some rows have more than 4 runs of keys"
+    combined = check_lowering(Dense(checkered) & Causal(), geometry(11, 13))
+    assert combined.kind == "dense" and not combined.from_user
+
+
+def test_a_dense_mask_is_scanned_once_and_again_after_a_change():
+    tensor = torch.ones(5, 7, dtype=torch.bool)
+    mask = Dense(tensor)
+    first = mask._scan(mask._frame(geometry(5, 7)))
+    assert mask._scan(mask._frame(geometry(5, 7))) is first
+    tensor[2, 3] = False
+    assert rows_of(mask, 5, 7)[2] == "1110111"
+    check_lowering(mask, geometry(5, 7))
+
+
+def test_a_predicate_is_scanned_in_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr("manyheads.masks.given._PAIRS_AT_ONCE", 31 * 2 * 3 * 4)
+    calls = []
+
+    def near_or_first(b, h, p, j):
+        calls.append(tuple(torch.broadcast_shapes(b.shape, h.shape, p.shape, j.shape)))
+        return ((p - j).abs() <= 2) | (j < b + h)
+
+    where = geometry(29, 31, batch=2, q_heads=3)
+    plan = check_lowering(Predicate(near_or_first), where)
+    assert isinstance(plan, IntervalsPlan) and plan.ranges.shape == (2, 3, 29, 2, 2)
+    assert set(calls) == {(2, 3, 4, 31), (2, 3, 1, 31)}
+    checkered = check_lowering(Predicate(lambda b, h, p, j: (p + j) % 2 == 0), where)
+    assert checkered.kind == "dense" and checkered.allowed.shape == (1, 1, 29, 31)
+    assert "<lambda>" in checkered.reason and "more than 4 runs" in checkered.reason
+    position = check_lowering(Predicate(lambda b, h, p, j: j <= p), geometry(2, 5, query_start=1))
+    assert position.ranges[..., 1].flatten().tolist() == [2, 3]
+
+
+def test_lowering_needs_no_memory_per_pair():
+    count = 400
+    where = geometry(count * 512, count * 512)  # 42 GB as bools
+    plan, positions = masks.lower(Causal() & Documents([512] * count) & SINKS, where)
+    assert plan.ranges.shape == (1, 1, count * 512, 2, 2)
+    assert plan.ranges[0, 0, 1000].tolist() == [[512, 513], [999, 1001]]
+    assert positions.rows[0, 1000] == 1000
+    assert masks.lower(SINKS, where)[0] == BandPlan(1, 0, 1)
+
+
+def test_plans_of_plain_numbers_are_kept_and_others_follow_their_tensors():
+    where = geometry(5, 7)
+    docs = Causal() & DOCS
+    assert masks.lower(docs, where)[0] is masks.lower(docs, geometry(5, 7))[0]
+    assert masks.lower(SINKS, where)[0] is masks.lower(SINKS, geometry(1, 99))[0]
+    assert masks.lower(SINKS, geometry(1, 99))[1].start == 98
+    lengths = torch.tensor([5, 7])
+    mask = Causal() & KeyLengths(lengths)
+    where = geometry(5, 7, batch=2)
+    check_lowering(mask, where)
+    lengths[0] = 3
+    plan = check_lowering(mask, where)
+    assert plan.key_end.tolist() == [3, 7]
+    with torch.inference_mode():
+        made_there = masks.lower(docs, geometry(5, 7))[0]
+    assert made_there.ranges.is_inference()
+    assert not masks.lower(docs, geometry(5, 7))[0].ranges.is_inference()
+
+
+# --- Meanings worth a picture ------------------------------------------------------------------
+
+
+def test_counts():
+    allowed = {
+        Causal(): 11 * 12 // 2,
+        Window(3, 0): 11 * 4 - 6,
+        Window(2, 2): 11 * 5 - 6,
+        Causal() | FirstKeys(4): 66 + 6,
+        SINKS: 1 + 2 + 3 * 9,
+        Causal() & Documents([5, 6]): 15 + 21,
+        Causal() & Chunks(4): 10 + 10 + 6,
+        Window(0, 0) | QueryRows([2, 7]) | FirstKeys(1): 1 + 2 * 11 + 2 * 8,
+    }
+    for mask, count in allowed.items():
+        assert int(mask.materialize(11, 11).sum()) == count, mask
+
+
+def test_without_the_parentheses_the_first_rows_see_the_future():
+    sinks = Causal() & (Window(1, 0) | FirstKeys(3))
+    leaky = Causal() & Window(1, 0) | FirstKeys(3)
+    assert repr(leaky) == "(Causal() & Window(1, 0)) | FirstKeys(3)"
+    assert rows_of(sinks, 5, 5) == ["10000", "11000", "11100", "11110", "11111"]
+    assert rows_of(leaky, 5, 5) == ["11100", "11100", "11100", "11110", "11111"]
+    future = leaky.materialize(5, 5) & ~Causal().materialize(5, 5)
+    assert int(future.sum()) == 3
+
+
+def test_left_padding_changes_nothing_but_the_place():
+    """A left-padded sequence gets the mask it would get alone: sinks, prefixes, chunks."""
+    for mask in (
+        SINKS,
+        Causal() | FirstKeys(3),
+        Causal() & Chunks(3),
+        ~FirstKeys(2) & Causal(),
+        FirstKeys(2) | Chunks(2),
+    ):
+        padded = (KeyRange(torch.tensor([0, 4])) & mask).materialize(11, 11, batch=2)
+        assert torch.equal(padded[0], mask.materialize(11, 11)[0])
+        assert torch.equal(padded[1, :, 4:, 4:], mask.materialize(7, 7)[0])
+        assert not padded[1, ..., :4].any()
+
+
+def test_a_packed_document_gets_what_it_would_get_alone():
+    queries, keys = [2, 0, 3, 4], [5, 2, 3, 0]
+    for mask in (SINKS, Causal(), Causal() | FirstKeys(2), Causal() & Chunks(2), Window(1, 1)):
+        packed = (Documents(queries, keys) & mask).materialize(9, 10)[0, 0]
+        row = key = 0
+        for q_len, k_len in zip(queries, keys, strict=True):
+            block = packed[row : row + q_len, key : key + k_len]
+            assert torch.equal(block, mask.materialize(q_len, k_len)[0, 0])
+            packed[row : row + q_len, key : key + k_len] = False
+            row, key = row + q_len, key + k_len
+        assert not packed.any()
+
+
+def test_first_keys_per_document_and_per_batch_element():
+    docs = Documents([3, 4])
+    assert rows_of(docs & FirstKeys([1, 2]), 7, 7) == ["1000000"] * 3 + ["0001100"] * 4
+    n = torch.tensor([[1, 2], [3, 0]])
+    both = (docs & FirstKeys(n)).materialize(7, 7, batch=2)
+    assert both.sum(-1)[:, 0].tolist() == [[1] * 3 + [2] * 4, [3] * 3 + [0] * 4]
+    ragged = Documents([[3, 4], [7]])
+    check_lowering(ragged & Causal(), geometry(7, 7, batch=2))
+    assert ragged.materialize(7, 7, batch=2).sum(-1)[:, 0].tolist() == [[3] * 3 + [4] * 4, [7] * 7]
+
+
+def test_first_keys_outside_the_documents_count_from_key_zero():
+    mask = (Documents([2, 2]) & Causal()) | FirstKeys(1)
+    assert rows_of(mask, 4, 4) == ["1000", "1100", "1010", "1011"]
+
+
+def test_global_rows_and_keys():
+    mask = Window(1, 1) | FirstKeys(1) | QueryRows(range(1))
+    assert rows_of(mask, 5, 5) == ["11111", "11100", "11110", "10111", "10011"]
+    for rows in ([True, False, False], torch.tensor([0]), torch.tensor([True, False, False])):
+        assert rows_of(QueryRows(rows), 3, 2) == ["11", "00", "00"]
+
+
+def test_alignment():
+    def start(mask, **given_start):
+        return masks.lower(mask, geometry(2, 7, batch=3, **given_start))[1].start
+
+    assert start(Causal()) == start(None) == 5
+    assert start(Causal(), query_start=0) == start(None, query_start=0) == 0
+    assert start(Causal(), query_start=LENGTHS).dtype == torch.int32
+    assert start(KeyLengths(LENGTHS) & Causal()).tolist() == [5, 3, 1]
+    assert start(Causal() | ~KeyLengths([7, 5, 3])).tolist() == [5, 3, 1]
+    assert start(KeyLengths(4)) == 2
+    assert start(KeyLengths(LENGTHS) & Causal(), query_start=1) == 1
+    assert start(KeyLengths(1) | KeyLengths(2), query_start=1) == 1
+    assert start(KeyLengths([1, 2, 3]) | KeyLengths([1, 2, 3])).tolist() == [-1, 0, 1]
+    rows = masks.lower(DOCS, geometry(5, 7))[1].rows
+    assert rows.dtype == torch.int32 and rows.tolist() == [[1, 2, 4, 5, 6]]
+    with_lengths = Causal() & Documents([2, 0], [4, 3]) & KeyLengths(3)
+    assert rows_of(with_lengths, 2, 7) == ["1110000", "1110000"]
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(0, 0), (0, 5), (5, 0), (1, 1)])
+def test_empty_sizes(q_len, k_len):
+    docs = Documents([0, q_len], [k_len, 0])
+    for mask in (Causal(), SINKS, Chunks(3), docs, ~docs, QueryRows([]), KeyLengths(0)):
+        check_lowering(mask, geometry(q_len, k_len))
+        check_lowering(~mask | SINKS, geometry(q_len, k_len))
+    check_lowering(Dense(torch.ones(q_len, k_len, dtype=torch.bool)), geometry(q_len, k_len))
+    check_lowering(Predicate(lambda b, h, p, j: j <= p), geometry(q_len, k_len))
+
+
+def test_nothing_at_all():
+    check_lowering(Documents([]), geometry(0, 0))
+    nothing = ~KeyRange(0)
+    plan = check_lowering(nothing, geometry(3, 5))
+    assert plan.ranges.shape == (1, 1, 3, 1, 2) and not plan.ranges.any()
+    assert check_lowering(~nothing, geometry(3, 5)).kind == "full"
+    check_lowering(nothing | Chunks(2), geometry(3, 5))
+    check_lowering(nothing & Chunks(2), geometry(3, 5))
+    assert not FirstKeys(0).materialize(3, 5).any()
+
+
+def test_numbers_too_large_for_int32_mean_all():
+    far = 2**40
+    everything = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    for mask in (Window(far, far), FirstKeys(far), Chunks(far), KeyRange(0, far)):
+        assert torch.equal(mask.materialize(3, 5, query_start=0), everything)
+        check_lowering(mask, geometry(3, 5, query_start=0))
+    for n in (torch.tensor([far]), [far]):
+        check_lowering(FirstKeys(n) | Causal(), geometry(3, 5))
+        check_lowering(KeyRange(0, n), geometry(3, 5))
+        assert not (KeyRange(n) & Causal()).materialize(3, 5).any()
+        check_lowering(KeyRange(n) & Causal(), geometry(3, 5))
+
+
+# --- Masks as values ----------------------------------------------------------------------------
+
+ALL_KINDS = [
+    Causal(),
+    Window(3, None),
+    FirstKeys(2),
+    FirstKeys(torch.tensor([2])),
+    Chunks(3),
+    KeyRange(1, 4),
+    KeyLengths([3]),
+    Documents([2, 3], [3, 4]),
+    QueryRows([1]),
+    Dense(torch.ones(5, 7, dtype=torch.bool)),
+    Predicate(operator.itemgetter(0)),
+    Causal() & (Window(1, 0) | ~FirstKeys(2)),
+]
+
+
+@pytest.mark.parametrize("mask", ALL_KINDS, ids=repr)
+def test_masks_are_values(mask):
+    if not isinstance(mask, Predicate):
+        masks.lower(mask, geometry(5, 7))  # what is kept does not travel
+    for copied in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask), copy.copy(mask)):
+        assert type(copied) is type(mask) and repr(copied) == repr(mask)
+        assert "_kept" not in vars(copied) and "_scanned" not in vars(copied)
+        if not isinstance(mask, Predicate):  # itemgetters compare by identity
+            assert copied == mask and hash(copied) == hash(mask)
+    assert all((mask == other) == (mask is other) for other in ALL_KINDS)
+    for name in ("left", "part", "parts", "new"):
+        with pytest.raises(AttributeError):
+            setattr(mask, name, 1)
+
+
+def test_repr_shows_the_expression():
+    assert repr(Causal() & (Window(255, 0) | FirstKeys(4))) == (
+        "Causal() & (Window(255, 0) | FirstKeys(4))"
+    )
+    assert repr(~(Causal() | Chunks(4)) & ~DOCS) == (
+        "~(Causal() | Chunks(4)) & ~Documents([2, 3], [3, 4])"
+    )
+    assert repr(Documents([256] * 16)) == "Documents([256] * 16)"
+    assert repr(Documents(list(range(9)))) == "Documents([0, 1, 2, ... 9 in all])"
+    assert repr(KeyRange(torch.tensor([1, 2]))) == "KeyRange(tensor([1, 2]))"
+    assert repr(KeyLengths(torch.arange(9))) == "KeyLengths(tensor(int64[9]))"
+    assert repr(Predicate(check_lowering)) == "Predicate(check_lowering)"
+    assert Causal() & Chunks(2) & DOCS == Causal() & (Chunks(2) & DOCS)
+    assert Causal() & Chunks(2) != Chunks(2) & Causal()
+    assert Causal() != "Causal()"
+
+
+# --- Errors -------------------------------------------------------------------------------------
+
+HALF = torch.tensor([1.5, 2.5])
+ON_CONSTRUCTION = [
+    (lambda: Window(-1, 0), ArgumentError, "Window's left .*negative; got -1"),
+    (lambda: Window(0, -2), ArgumentError, "Window's right .*negative; got -2"),
+    (lambda: Window(1.5, 0), ArgumentTypeError, "whole number; got 1.5"),
+    (lambda: Window(True, 0), ArgumentTypeError, "whole number; got True"),
+    (lambda: FirstKeys(-1), ArgumentError, "negative; got -1"),
+    (lambda: FirstKeys("4"), ArgumentTypeError, "whole number; got '4'"),
+    (lambda: FirstKeys(HALF), ArgumentTypeError, r"integers; got a tensor of torch.float32"),
+    (lambda: FirstKeys(torch.ones(1, 1, 1).int()), ShapeError, r"1 to 2 .* \[1, 1, 1\]"),
+    (lambda: FirstKeys([[1, 2], 3]), ShapeError, "mixes numbers and lists"),
+    (lambda: Chunks(0), ArgumentError, "1 or more; got 0"),
+    (lambda: KeyRange(-1), ArgumentError, "start must not be negative; got -1"),
+    (lambda: KeyRange(torch.tensor([1, -1])), ArgumentError, "got -1 in the tensor"),
+    (lambda: KeyRange(5, 3), ArgumentError, "start=5, end=3"),
+    (lambda: KeyRange([1, 5], [2, 4]), ArgumentError, "past its end"),
+    (lambda: KeyRange(5, [7, 4]), ArgumentError, "past its end"),
+    (lambda: KeyRange([1, 8], 7), ArgumentError, "past its end"),
+    (lambda: KeyLengths(torch.tensor(3)), ShapeError, r"got shape \[\]"),
+    (lambda: KeyLengths(torch.tensor([True])), ArgumentTypeError, "torch.bool"),
+    (lambda: Documents(5), ArgumentTypeError, r"Documents\(\[5\]\)"),
+    (lambda: Documents([2, 3], [5]), ShapeError, "as many k_lengths as q_lengths"),
+    (lambda: Documents([2, -3]), ArgumentError, "negative; got -3"),
+    (lambda: QueryRows([1.0]), ArgumentTypeError, "whole number; got 1.0"),
+    (lambda: QueryRows(torch.ones(2, 2).bool()), ShapeError, r"\[Lq\]; got \[2, 2\]"),
+    (lambda: Dense([[True]]), ArgumentTypeError, "bool tensor.*got list"),
+    (lambda: Dense(torch.zeros(2, 2)), ArgumentTypeError, "got torch.float32.*attn_bias"),
+    (lambda: Dense(torch.ones(2, 3, 3).bool()), ShapeError, r"batch or heads.*mask\[:, None\]"),
+    (lambda: Dense(torch.ones(3).bool()), ShapeError, r"got \[3\]"),
+    (lambda: Predicate(3), ArgumentTypeError, "function fn.*got int"),
+    (lambda: Causal() & torch.ones(2, 2).bool(), ArgumentTypeError, r"Wrap the tensor: mh.Dense"),
+    (lambda: Causal() | None, ArgumentTypeError, "got NoneType"),
+    (lambda: Causal() and Window(1, 0), ArgumentTypeError, "no truth value"),
+    (lambda: not Causal(), ArgumentTypeError, "Combine masks with & | ~"),
+]  # fmt: skip
+
+WHEN_LOWERING = [  # for batch 2, 3 heads, 5 queries, 7 keys
+    (KeyLengths([7, 8]), {}, ArgumentError, "larger than the key length 7; got 8"),
+    (KeyLengths(torch.tensor([9, 1])), {}, ArgumentError, "got 9"),
+    (KeyLengths([7, 7, 7]), {}, ShapeError, r"got shape \[3\] for batch size 2"),
+    (KeyRange([1]), {}, ShapeError, r"Expected shape \[2\]"),
+    (KeyRange(0, torch.tensor([1, 2, 3])), {}, ShapeError, r"\[3\] for batch size 2"),
+    (FirstKeys([1, 2, 3]), {}, ShapeError, r"\[3\] for batch size 2"),
+    (FirstKeys([[1, 2], [3, 4]]), {}, ArgumentError, "not &-ed with Documents"),
+    (DOCS & FirstKeys([1, 2, 3]), {}, ShapeError, r"one per document \[2\]"),
+    (Documents([2, 2], [3, 4]), {}, ArgumentError, "query length 5; got a sum of 4"),
+    (Documents([2, 3], [3, 3]), {}, ArgumentError, "key length 7; got a sum of 6"),
+    (Documents(torch.tensor([2, 2])), {}, ArgumentError, "query length 5; got a sum of 4"),
+    (Documents([2, 3]), {}, ArgumentError, "sum of 5. .* give k_lengths too"),
+    (Documents([[5]] * 3, [[7]] * 3), {}, ShapeError, r"\[3, 1\] for batch size 2"),
+    (Documents([[5], [4]], [7]), {}, ArgumentError, "got a sum of 4"),
+    (DOCS, {"query_start": 0}, ArgumentError, "query_start cannot be given.*Leave query_start"),
+    (DOCS & Documents([5], [7]), {}, ArgumentError, "One Documents per expression"),
+    (KeyLengths(3) | KeyLengths(4), {}, ArgumentError, "One KeyLengths .* Give query_start"),
+    (QueryRows([5]), {}, ArgumentError, "below the query length 5; got 5"),
+    (QueryRows([True] * 4), {}, ShapeError, r"\[5\], one per query row; got \[4\]"),
+    (Dense(torch.ones(7, 5).bool()), {}, ShapeError, r"\[5, 7\].*got \[7, 5\]"),
+    (Dense(torch.ones(3, 1, 5, 7).bool()), {}, ShapeError, r"got \[3, 1, 5, 7\]"),
+    (Dense(torch.ones(2, 2, 5, 7).bool()), {}, ShapeError, r"got \[2, 2, 5, 7\]"),
+    (Predicate(lambda b, h, p, j: True), {}, ArgumentTypeError, "bool tensor; got bool"),
+    (Predicate(lambda b, h, p, j: p - j), {}, ArgumentTypeError, "got torch.int64"),
+    (Predicate(lambda b, h, p, j: (j > 0)[..., 1:]), {}, ShapeError, r"got \[1, 1, 1, 6\]"),
+    (Predicate(lambda b, h, p, j: (j > 0)[None]), {}, ShapeError, r"got \[1, 1, 1, 1, 7\]"),
+    (Causal(), {"query_start": torch.tensor([1])}, ShapeError, r"\[1\] for batch size 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "message"), ON_CONSTRUCTION)
+def test_errors_on_construction(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("mask", "given_start", "error", "message"), WHEN_LOWERING)
+def test_errors_when_lowering(mask, given_start, error, message):
+    where = geometry(5, 7, batch=2, q_heads=3, **given_start)
+    with pytest.raises(error, match=message):
+        masks.lower(mask, where)
+    with pytest.raises(error, match=message):
+        mask.materialize(5, 7, batch=2, q_heads=3, **given_start)
+
+
+def test_lower_takes_masks_and_bool_tensors_only():
+    for wrong in ("causal", 3, True):
+        with pytest.raises(ArgumentTypeError, match="None, a mask of manyheads, or a bool tensor"):
+            masks.lower(wrong, geometry(5, 7))
+
+
+# --- torch.compile ------------------------------------------------------------------------------
+
+COMPILED = [
+    SINKS,
+    Causal() & KeyLengths(torch.tensor([5, 7])),
+    Causal() & KeyRange([0, 2]),
+    Causal() & Documents(torch.tensor([2, 3]), torch.tensor([3, 4])),
+    ~Window(1, 0) | QueryRows([0, 2]),
+    Dense(torch.ones(5, 7, dtype=torch.bool)) & Chunks(2),
+    Predicate(lambda b, h, p, j: (p - j) % 2 == 0),
+]
+
+
+@pytest.mark.parametrize("mask", COMPILED, ids=repr)
+def test_lowering_compiles_in_one_graph(mask):
+    def scores(x):
+        where = geometry(x.shape[1], x.shape[2], batch=x.shape[0])
+        plan, positions = masks.lower(mask, where)
+        return torch.where(plan.materialize(where, positions), x[:, None], -torch.inf)
+
+    torch.compiler.reset()
+    x = torch.randn(2, 5, 7)
+    compiled = torch.compile(scores, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), scores(x))

@@ -36,8 +36,11 @@ class Value:
         return type(self), self._values()  # without kept plans
 
     def __repr__(self) -> str:
-        values = ", ".join(map(_written, self._values()))
-        return f"{type(self).__name__}({values})"
+        values = list(zip(fields(cast(Any, self)), self._values(), strict=True))
+        while values and values[-1][1] is values[-1][0].default:
+            values.pop()  # defaults at the end are not written
+        written = ", ".join(_written(value) for _, value in values)
+        return f"{type(self).__name__}({written})"
 
 
 def _equal(a: object, b: object) -> bool:
