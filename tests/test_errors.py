@@ -30,7 +30,9 @@ TABLE = {
     "dtypes": (dict(key=K.half()), TypeError, "key torch.float16", "one dtype", ".to(query.dtype)"),
     "value's dtype": (dict(value=V.double()), TypeError, "float64", "one dtype", ".to(query"),
     "devices": (dict(key=K.to("meta")), mh.DeviceError, "key on meta", "one device", ".to("),
-    "key and value length": (dict(value=V[:, :, 1:]), mh.ShapeError, "[2, 3, 6, 4]", "same", "axis"),
+    "key and value length": (
+        dict(value=V[:, :, 1:]), mh.ShapeError, "value [2, 3, 6, 4]", "the same", "last axis",
+    ),
     "key and value heads": (dict(value=V[:, 1:]), mh.ShapeError, "[2, 2, 7, 4]", "same", "differ"),
     "head sizes": (dict(key=K[..., 1:]), mh.ShapeError, "[2, 3, 7, 7]", "to be 8", "project"),
     "batches": (dict(query=Q[:1]), mh.ShapeError, "query [1, 6, 5, 8]", "one batch size", "expand"),
@@ -43,13 +45,15 @@ TABLE = {
     "mask's type": (dict(mask="causal"), TypeError, "str", "bool tensor", "mh.Causal()"),
     "mask's class": (dict(mask=mh.Causal), TypeError, "type", "bool tensor", "mh.Causal()"),
     "mask's shape": (
-        dict(mask=torch.ones(5, 6, dtype=torch.bool)), mh.ShapeError, "[5, 6]", "[2, 6, 5, 7]", "slice",
+        dict(mask=torch.ones(5, 6, dtype=torch.bool)),
+        mh.ShapeError, "[5, 6]", "[2, 6, 5, 7]", "slice",
     ),
     "mask's heads": (
-        dict(mask=torch.ones(3, 5, 7, dtype=torch.bool)), mh.ShapeError, "[3, 5, 7]", "Hq|1, Lq, Lk]", "mask[None]",
+        dict(mask=torch.ones(3, 5, 7, dtype=torch.bool)),
+        mh.ShapeError, "[3, 5, 7]", "Hq|1, Lq, Lk]", "mask[None]",
     ),
     "bool bias": (dict(attn_bias=torch.ones(5, 7) > 0), TypeError, "bool", "float", "mask="),
-    "bias's type": (dict(attn_bias=1.0), TypeError, "is a float", "expected Alibi", "a float tensor"),
+    "bias's type": (dict(attn_bias=1.0), TypeError, "is a float", "Alibi", "a float tensor"),
     "bias's shape": (
         dict(attn_bias=torch.zeros(7, 5)), mh.ShapeError, "[7, 5]", "[2, 6, 5, 7]", "to the right",
     ),

@@ -245,7 +245,7 @@ def _prepare(
         scale, softcap, sinks, dropout_p, needs_lse,
     )  # fmt: skip
     needs_grad = torch.is_grad_enabled() and _requires_grad(call)
-    causal = plan.kind == "band" and plan.is_top_left_causal(query_positions)
+    causal = isinstance(plan, BandPlan) and plan.is_top_left_causal(query_positions)
     fields = (
         batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim, dtype, device.type, plan.kind,
         bias.kinds, softcap is not None, sinks is not None, dropout_p > 0.0, needs_grad, needs_lse,
