@@ -3,8 +3,8 @@
     error <= 2 * (error of eager attention in the same dtype + eps(dtype) * max|oracle|)
 
 per head, over all rows of the batch; every value finite where the oracle is. Eager's error counts
-relative to max|oracle|, and the head where it is largest speaks for all: with few rows one head is a
-matter of luck (docs/decisions/0001-numerics-rule-details.md). The oracle is float64; for float64
+relative to max|oracle|, and the head where it is largest speaks for all: with few rows one head is
+a matter of luck (docs/decisions/0001-numerics-rule-details.md). The oracle is float64; for float64
 inputs its own error counts, as eps * max|oracle| once more. If eager attention in the same dtype is
 not finite (float16 overflows), float32 eager rounded to the dtype takes its place.
 """
