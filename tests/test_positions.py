@@ -193,7 +193,7 @@ def parts():
         "alibi": Alibi(torch.tensor([1.0, 2.0, 3.0])),
         "alibi of eighths": Alibi(torch.tensor([0.125, 0.25, 0.5])),
         "near": relative(distance=7, buckets=6, seed=1),
-        "far": relative(distance=16, seed=2),
+        "far": relative(distance=32, buckets=32, seed=2),
         "behind": relative(distance=8, bidirectional=False, seed=3),
         "dense": DenseBias(dense(Q, K, seed=4)),
         "dense per head": DenseBias(dense(H, 1, K, seed=5)),
@@ -202,7 +202,7 @@ def parts():
 
 @pytest.mark.parametrize("left", parts())
 @pytest.mark.parametrize("right", parts())
-@pytest.mark.parametrize("start", [0, 6, 40])
+@pytest.mark.parametrize("start", [6, 40, -30])
 def test_sums(left, right, start):
     a, b = parts()[left], parts()[right]
     assert torch.equal(added(a + b, start=start), added(a, start=start) + added(b, start=start))
