@@ -7,6 +7,7 @@ and its spread; medians of separate runs are not compared.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -40,11 +41,13 @@ class Comparison:
 
     others: the share of one core that other processes (and the hypervisor) took from our cores
         meanwhile; None where the system does not tell.
+    limits: the machine's limit, measured beside each pair; empty if it was not asked for.
     """
 
     ours: tuple[float, ...]
     peer: tuple[float, ...]
     others: float | None
+    limits: tuple[float, ...] = ()
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -71,6 +74,13 @@ class Comparison:
         """The peer's median time per call."""
         return statistics.median(self.peer)
 
+    def share_of_limit(self, work: float) -> float:
+        """The median over the pairs of our rate, `work` a call, over the limit beside it."""
+        rates = (work / seconds for seconds in self.ours)
+        return statistics.median(
+            rate / limit for rate, limit in zip(rates, self.limits, strict=True)
+        )
+
     @property
     def quiet(self) -> bool | None:
         """Whether the machine was left to us; None where the system does not tell."""
@@ -83,10 +93,13 @@ def compare(
     pairs: int = 7,
     warmup: int = 2,
     check: Callable[[Any, Any], None] | None = None,
+    limit: Callable[[], float] | None = None,
 ) -> Comparison:
     """Time two zero-argument callables in turn, after checking that they agree.
 
     check: called with both results, raises if they differ; default `check_close`.
+    limit: measures what the machine can do at best (work a second), just before and after our side
+        of each pair; the two are averaged.
 
     >>> x = torch.ones(64)
     >>> result = compare(lambda: x * 2, lambda: x + x, pairs=3)
@@ -100,13 +113,19 @@ def compare(
     calls = _calls_per_sample(ours), _calls_per_sample(peer)
     our_times: list[float] = []
     peer_times: list[float] = []
+    limits: list[float] = []
     watch = BusyWatch()
     for pair in range(pairs):
         # Whoever goes second finds the caches as the other left them, so the order alternates.
-        sides = [(ours, calls[0], our_times), (peer, calls[1], peer_times)]
-        for run, count, times in sides if pair % 2 == 0 else reversed(sides):
-            times.append(_seconds_per_call(run, count))
-    return Comparison(tuple(our_times), tuple(peer_times), watch.others())
+        for side in ("ours", "peer") if pair % 2 == 0 else ("peer", "ours"):
+            if side == "peer":
+                peer_times.append(_seconds_per_call(peer, calls[1]))
+                continue
+            before = limit() if limit else None
+            our_times.append(_seconds_per_call(ours, calls[0]))
+            if limit and before is not None:
+                limits.append((before + limit()) / 2)
+    return Comparison(tuple(our_times), tuple(peer_times), watch.others(), tuple(limits))
 
 
 def check_close(ours: Any, peer: Any, tolerance: float = 1e-4) -> None:
@@ -190,7 +209,10 @@ class AttentionCase:
 
 
 def against_sdpa(case: AttentionCase, pairs: int = 7) -> Comparison:
-    """Our attention and PyTorch's on the same inputs; PyTorch gets its best form of the mask."""
+    """Our attention and PyTorch's on the same inputs; PyTorch gets its best form of the mask.
+
+    The limit measured beside each pair is the FMA peak, in operations a second.
+    """
     query, key, value = case.inputs()
     mask = case.mask()
     dense = None
@@ -204,6 +226,7 @@ def against_sdpa(case: AttentionCase, pairs: int = 7) -> Comparison:
             query, key, value, attn_mask=dense, is_causal=is_causal, enable_gqa=grouped
         ),
         pairs=pairs,
+        limit=None if fma_peak(0.01) is None else lambda: (fma_peak(0.05) or math.nan) * 1e9,
     )
 
 
