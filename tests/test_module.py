@@ -583,6 +583,35 @@ def test_exports():
         close(exported(y), by_formula(module, y, allowed=CAUSAL), eager)
 
 
+@pytest.mark.parametrize("kind", ["rotary", "multi-head"])
+def test_exports_with_any_batch_and_length(kind):
+    module = randomised(MultiHeadAttention(E, mask=mh.Causal(), **KINDS[kind])).eval()
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=512)}
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(B, L, E),), dynamic_shapes=(sizes,))
+        y = torch.randn(5, 13, E)
+        how = {"allowed": torch.ones(13, 13, dtype=torch.bool).tril()}
+        eager = by_formula(module, y, dtype=torch.float32, **how)
+        close(program.module()(y), by_formula(module, y, **how), eager)
+
+
+def test_compiled_decoding_does_not_recompile_per_token():
+    module = MultiHeadAttention(E, mask=mh.Causal(), **ROTARY).eval()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    x, cache = torch.randn(B, 17, E), mh.KVCache()
+    with torch.no_grad():
+        got = torch.cat([compiled(y, cache=cache) for y in x.split([7] + [1] * 10, 1)], 1)
+    assert len(graphs) <= 3
+    how = {"allowed": torch.ones(17, 17, dtype=torch.bool).tril()}
+    close(got, by_formula(module, x, **how), by_formula(module, x, dtype=torch.float32, **how))
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 X, MEMORY = torch.zeros(B, L, E), torch.zeros(B, M, E)
