@@ -114,32 +114,76 @@ inline Vec tanh(Vec x) {
   return select(has_sign(x), zero() - result, result);
 }
 
-// scale, softcap and bias, in place: raw scores become logits in natural units.
-template <int N>
-[[gnu::noinline]] void transform_scores(const Forward& call, const Tile& tile, const Block& block,
-                                        const Workspace& work) {
-  constexpr int W = Vec::kLanes, L = N * W;
-  const Bias& bias = call.bias;
-  const Vec scale = set(call.scale < 0 ? -call.scale : call.scale);
-  const Vec cap = set(call.softcap), to_cap = set(1.0f / call.softcap);
-  const VecI last = set_int(int32_t(bias.num_distances - 1));
+// s = each(row, n, s) for the block's scores, in place.
+template <int N, class Each>
+[[gnu::always_inline]] inline void transform_rows(const Block& block, const Workspace& work,
+                                                  Each each) {
   for (int64_t row = block.begin; row < block.end; ++row) {
-    const VecI key = set_int(int32_t(block.key + row));
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) {
-      float* p = work.scores + row * L + n * W;
-      Vec s = load(p) * scale;
-      if (call.softcap != 0) s = cap * tanh(s * to_cap);
-      const VecI ahead = key - load_int(tile.position + n * W);
-      if (bias.slopes) s = s - load(tile.slope + n * W) * abs(to_float(ahead));
-      if (bias.distance_values) {
-        const VecI distance = ahead + set_int(int32_t(bias.distance_offset));
-        const VecI index = max(min(distance, last), set_int(0));
-        s = s + gather(bias.distance_values, index + load_int(tile.distance_base + n * W));
-      }
-      if (bias.dense) s = s + load(work.bias + row * L + n * W);
-      store(p, s);
+      float* p = work.scores + row * (N * Vec::kLanes) + n * Vec::kLanes;
+      store(p, each(row, n, load(p)));
     }
+  }
+}
+
+template <int N>
+[[gnu::noinline]] void apply_softcap(const Forward& call, const Block& block,
+                                     const Workspace& work, Vec scale) {
+  const Vec cap = set(call.softcap), to_cap = scale / cap;
+  transform_rows<N>(block, work, [&](int64_t, int, Vec s) { return cap * tanh(s * to_cap); });
+}
+
+template <int N>
+[[gnu::noinline]] void add_alibi(const Tile& tile, const Block& block, const Workspace& work,
+                                 Vec scale) {
+  Vec position[N], minus_slope[N];
+  for (int n = 0; n < N; ++n) {
+    position[n] = to_float(load_int(tile.position + n * Vec::kLanes));
+    minus_slope[n] = zero() - load(tile.slope + n * Vec::kLanes);
+  }
+  transform_rows<N>(block, work, [&](int64_t row, int n, Vec s) {
+    return fma(minus_slope[n], abs(set(float(block.key + row)) - position[n]), s * scale);
+  });
+}
+
+template <int N>
+[[gnu::noinline]] void add_distance_values(const Bias& bias, const Tile& tile, const Block& block,
+                                           const Workspace& work, Vec scale) {
+  const VecI last = set_int(int32_t(bias.num_distances - 1));
+  VecI position[N], base[N];
+  for (int n = 0; n < N; ++n) {
+    position[n] = load_int(tile.position + n * Vec::kLanes);
+    base[n] = load_int(tile.distance_base + n * Vec::kLanes);
+  }
+  transform_rows<N>(block, work, [&](int64_t row, int n, Vec s) {
+    const VecI ahead = set_int(int32_t(block.key + row + bias.distance_offset)) - position[n];
+    const VecI index = max(min(ahead, last), set_int(0)) + base[n];
+    return fma(s, scale, gather(bias.distance_values, index));
+  });
+}
+
+// scale, softcap and bias, in place: raw scores become logits in natural units. The first pass that
+// runs takes the scale along.
+template <int N>
+inline void transform_scores(const Forward& call, const Tile& tile, const Block& block,
+                             const Workspace& work) {
+  const Bias& bias = call.bias;
+  Vec scale = set(call.scale < 0 ? -call.scale : call.scale);
+  const auto take_scale = [&] {
+    const Vec taken = scale;
+    scale = set(1.0f);
+    return taken;
+  };
+  if (call.softcap != 0) apply_softcap<N>(call, block, work, take_scale());
+  if (bias.slopes) add_alibi<N>(tile, block, work, take_scale());
+  if (bias.distance_values) add_distance_values<N>(bias, tile, block, work, take_scale());
+  if (bias.dense || (call.sinks && call.softcap == 0 && !has_bias(bias))) {
+    const Vec factor = take_scale();
+    transform_rows<N>(block, work, [&](int64_t row, int n, Vec s) {
+      if (!bias.dense) return s * factor;
+      return fma(s, factor, load(work.bias + row * (N * Vec::kLanes) + n * Vec::kLanes));
+    });
   }
 }
 
