@@ -1,0 +1,212 @@
+"""Our float32 attention against PyTorch's, on the shapes that the goals are stated for.
+
+    python benchmarks/attention.py [--only NAME] [--pairs N] [--write]
+
+Every row is checked for agreement, then timed pair by pair in one process; the machine's
+multiply-add peak is measured beside each of our samples. `--write` puts the table into
+benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import manyheads as mh
+from manyheads.benchmark import Comparison, attention_flops, compare, fma_peak
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape. `goal` is a share of the peak if below 1, otherwise a ratio to PyTorch's time."""
+
+    name: str
+    heads: tuple[int, int]
+    length: int
+    size: int
+    goal: float
+    batch: int = 1
+    mask: mh.Mask | None = None
+    bias: mh.Alibi | None = None
+    transposed: bool = False  # [B, L, H, D] memory, as a projection leaves it
+
+    def inputs(self) -> list[Tensor]:
+        random = torch.Generator().manual_seed(0)
+        hq, hkv = self.heads
+        if self.transposed:
+            shapes = [(self.batch, self.length, h, self.size) for h in (hq, hkv, hkv)]
+            return [torch.randn(s, generator=random).transpose(1, 2) for s in shapes]
+        shapes = [(self.batch, h, self.length, self.size) for h in (hq, hkv, hkv)]
+        return [torch.randn(s, generator=random) for s in shapes]
+
+    def flops(self) -> int:
+        pairs = self.length**2
+        if isinstance(self.mask, mh.Causal):  # as everybody counts it, the diagonal halved
+            pairs //= 2
+        elif self.mask is not None:
+            pairs = int(self.mask.materialize(self.length, self.length).sum())
+        return attention_flops(self.batch, self.heads[0], pairs, self.size, self.size)
+
+
+def window(size: int) -> mh.Mask:
+    return mh.Causal() & mh.Window(size - 1, 0)
+
+
+ROWS = [
+    Row("16x4096x64 full", (16, 16), 4096, 64, 0.82),
+    Row("16x4096x64 causal", (16, 16), 4096, 64, 0.82, mask=mh.Causal()),
+    Row("8x4096x128 causal", (8, 8), 4096, 128, 0.82, mask=mh.Causal()),
+    Row("GQA 32/8x2048x128 causal", (32, 8), 2048, 128, 0.82, mask=mh.Causal()),
+    Row("8x32768x64 causal", (8, 8), 32768, 64, 0.82, mask=mh.Causal()),
+    Row("batch 8 12x512x64", (12, 12), 512, 64, 0.78, batch=8),
+    Row("batch 32 12x128x64", (12, 12), 128, 64, 0.67, batch=32),
+    Row("window 256 16x4096x64", (16, 16), 4096, 64, 18.0, mask=window(256)),
+    Row("window 256 8x16384x64", (8, 8), 16384, 64, 100.0, mask=window(256)),
+    Row("16 documents of 256, 16x64", (16, 16), 4096, 64, 21.5, mask=mh.Documents([256] * 16)),
+    Row("ALiBi causal 16x2048x64", (16, 16), 2048, 64, 3.0, mask=mh.Causal(), bias=mh.Alibi()),
+    Row("[B,L,H,D] 16x4096x64 causal", (16, 16), 4096, 64, 0.82, mask=mh.Causal(), transposed=True),
+]
+
+
+def peer_mask(row: Row) -> Tensor | None:
+    """What PyTorch needs where `is_causal` does not say it: a dense tensor."""
+    if row.mask is None or (isinstance(row.mask, mh.Causal) and row.bias is None):
+        return None
+    allowed = row.mask.materialize(row.length, row.length)
+    if row.bias is None:
+        return allowed
+    position = torch.arange(row.length)
+    distance = (position[:, None] - position).abs()
+    slopes = torch.tensor([2 ** (-8 * (h + 1) / row.heads[0]) for h in range(row.heads[0])])
+    bias = -slopes[:, None, None] * distance
+    return bias.masked_fill(~allowed, float("-inf"))
+
+
+def time_row(row: Row, pairs: int) -> Comparison:
+    query, key, value = row.inputs()
+    mask = peer_mask(row)
+    causal = isinstance(row.mask, mh.Causal) and mask is None
+    grouped = row.heads[0] != row.heads[1]
+    return compare(
+        lambda: mh.attention(
+            query, key, value, mask=row.mask, attn_bias=row.bias, backend="native"
+        ),
+        lambda: sdpa(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped),
+        pairs=pairs,
+        limit=lambda: (fma_peak(0.01) or float("nan")) * GIGA,
+    )
+
+
+def causal_over_full(length: int, pairs: int) -> Comparison:
+    """Full attention as the peer of causal: 1 / speedup is the time ratio."""
+    query, key, value = Row("", (16, 16), length, 64, 1.0).inputs()
+    return compare(
+        lambda: mh.attention(query, key, value, mask=mh.Causal()),
+        lambda: mh.attention(query, key, value),
+        pairs=pairs,
+        check=lambda ours, peer: None,  # they differ by meaning
+    )
+
+
+def extra_memory(length: int) -> float:
+    """MB that one causal call of 8 heads of 64 adds to the process beyond inputs and output."""
+    query, key, value = Row("", (8, 8), length, 64, 1.0).inputs()
+    small = [x[:, :, :64].contiguous() for x in (query, key, value)]
+    mh.attention(*small, mask=mh.Causal())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = mh.attention(query, key, value, mask=mh.Causal())
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (after - before) / 1024 - out.numel() * out.element_size() / 2**20
+
+
+def quiet_word(result: Comparison) -> str:
+    return {True: "yes", False: f"no ({result.others:.2f} cores)", None: "unknown"}[result.quiet]
+
+
+def measure(pairs: int, only: str) -> list[list[str]]:
+    lines = []
+    for row in (r for r in ROWS if only in r.name):
+        result = time_row(row, pairs)
+        share = result.share_of_limit(row.flops())
+        reached = share if row.goal < 1 else result.speedup
+        low, high = result.spread
+        lines.append(
+            [
+                row.name,
+                f"{result.ours_seconds * 1e3:.2f}",
+                f"{result.speedup:.2f}x ({low:.2f}-{high:.2f})",
+                f"{share:.1%}",
+                f"{row.goal:.0%} of peak" if row.goal < 1 else f"{row.goal:g}x",
+                "yes" if reached >= 0.97 * row.goal else "no",
+                quiet_word(result),
+            ]
+        )
+    for length, goal in ((4096, 0.56), (512, 0.65), (256, 0.70)):
+        name = f"causal over full, 16x{length}x64"
+        if only in name:
+            result = causal_over_full(length, pairs)
+            ratio = 1 / result.speedup
+            verdict = "yes" if ratio <= 1.03 * goal else "no"
+            time_ms = f"{result.ours_seconds * 1e3:.2f}"
+            cells = [name, time_ms, f"{ratio:.3f} of the time", "", f"<= {goal}"]
+            lines.append([*cells, verdict, quiet_word(result)])
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
+    arguments = parser.parse_args()
+    # First, while the process is small: its peak memory only ever grows.
+    memory = extra_memory(32768) if not arguments.only else None
+    lines = measure(arguments.pairs, arguments.only)
+    if memory is not None:
+        verdict = "yes" if memory < 64 else "no"
+        lines.append(["memory beyond inputs and output, 8x32768x64", "", f"{memory:.1f} MB", "",
+                      "< 64 MB", verdict, ""])  # fmt: skip
+    header = ["shape", "ms", "PyTorch time / ours", "of FMA peak", "goal", "met", "quiet"]
+    table = Table(*header, title="float32 forward")
+    for line in lines:
+        table.add_row(*line)
+    Console(width=140).print(table)
+    if arguments.write:
+        write(header, lines)
+
+
+def write(header: list[str], lines: list[list[str]]) -> None:
+    def row(cells: list[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    about = (
+        f"Measured by `make bench`: {cpu_name()}, {torch.get_num_threads()} threads, "
+        f"{mh.info().isa} kernels, torch {torch.__version__}, FMA peak "
+        f"{fma_peak(0.3) or float('nan'):.0f} GFLOP/s. Medians of interleaved pairs, range over "
+        "pairs in brackets; within 3 % of a goal counts as met."
+    )
+    body = "\n".join([row(header), row(["---"] * len(header)), *map(row, lines)])
+    path = Path(__file__).parent / "RESULTS.md"
+    path.write_text(f"# Measured speed, float32 forward\n\n{about}\n\n{body}\n")
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
