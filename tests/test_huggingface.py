@@ -163,6 +163,13 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch):
         importlib.import_module("manyheads.integrations.huggingface")
 
 
+def test_an_older_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
+    monkeypatch.delitem(sys.modules, "manyheads.integrations.huggingface")
+    with pytest.raises(MissingDependencyError, match=r"or later \(an older one is installed\)"):
+        importlib.import_module("manyheads.integrations.huggingface")
+
+
 # --- the mask function against transformers' own, pair by pair ------------------------------------
 
 

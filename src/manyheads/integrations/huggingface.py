@@ -7,6 +7,7 @@ in huggingface_masks.py.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -18,12 +19,16 @@ from manyheads.functional import attention
 from manyheads.masks import Causal, Mask, Window
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
     from manyheads.integrations.huggingface_masks import CompactMask, compact_mask, per_batch
+
+    # Earlier versions call mask functions with other arguments.
+    if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+        raise ImportError("an older one is installed")
 except ImportError as missing:
     raise MissingDependencyError(
-        f"manyheads.integrations.huggingface needs transformers 5 or later ({missing}). "
+        f"manyheads.integrations.huggingface needs transformers 5.4 or later ({missing}). "
         "Install it with: pip install 'manyheads[huggingface]'"
     ) from missing
 
