@@ -7,18 +7,21 @@ code with the masks. Random expressions compare it with `materialize` and with t
 from __future__ import annotations
 
 import copy
+import doctest
 import functools
 import itertools
 import operator
 import pickle
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from manyheads import masks
 from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -493,6 +496,8 @@ INTERVALS = [
     ((KeyRange(0, 1) | KeyRange(3, 5)) & (Chunks(2) | Window(0, 0)), 3),
     (Window(0, 0) | DOCS | Chunks(2) | KeyRange(3, 4), 4),
     (Window(2, 0) & FirstKeys(1) | KeyRange(3, 4), 2),
+    (Window(2, 3) | (Causal() & FirstKeys(4)), 2),
+    (Window(2, 3) & (Causal() | FirstKeys(4)), 1),
 ]
 
 
@@ -607,6 +612,16 @@ def test_plans_of_plain_numbers_are_kept_and_others_follow_their_tensors():
     assert not masks.lower(docs, geometry(5, 7))[0].ranges.is_inference()
 
 
+def test_what_is_kept_is_neither_large_nor_fake():
+    docs = Causal() & Documents([2, 3])
+    with FakeTensorMode():
+        masks.lower(docs, geometry(5, 5))
+    assert masks.lower(docs, geometry(5, 5))[0].ranges.tolist()[0][0][4] == [[2, 5]]
+    dense = functools.reduce(operator.or_, [KeyRange(2 * i, 2 * i + 1) for i in range(5)])
+    first, second = (masks.lower(dense, geometry(9, 11))[0] for _ in range(2))
+    assert first.kind == "dense" and first is not second
+
+
 # --- Meanings worth a picture ------------------------------------------------------------------
 
 
@@ -677,6 +692,21 @@ def test_first_keys_per_document_and_per_batch_element():
 def test_first_keys_outside_the_documents_count_from_key_zero():
     mask = (Documents([2, 2]) & Causal()) | FirstKeys(1)
     assert rows_of(mask, 4, 4) == ["1000", "1100", "1010", "1011"]
+
+
+def test_nested_key_ranges_and_documents_count_from_the_last_start():
+    nested = KeyRange(2) & ((KeyRange(1) & FirstKeys(2)) | Window(0, 0))
+    assert rows_of(nested, 5, 5) == ["00110", "00110", "00110", "00110", "00111"]
+    in_documents = Documents([3, 2]) & KeyRange(1) & FirstKeys(1)
+    assert rows_of(in_documents, 5, 5) == ["01000"] * 3 + ["00010"] * 2
+    for mask in (nested, in_documents):
+        check_lowering(mask, geometry(5, 5))
+
+
+def test_ranges_that_overlap_stay_within_their_bound():
+    mask = (Window(1, 1) | Chunks(3)) & (Window(1, 1) | Chunks(4))
+    plan = check_lowering(mask, geometry(11, 11))
+    assert plan.ranges.shape == (1, 1, 11, 3, 2)
 
 
 def test_global_rows_and_keys():
@@ -787,6 +817,12 @@ def test_repr_shows_the_expression():
     assert Causal() & Chunks(2) & DOCS == Causal() & (Chunks(2) & DOCS)
     assert Causal() & Chunks(2) != Chunks(2) & Causal()
     assert Causal() != "Causal()"
+
+
+def test_the_page_about_masks():
+    page = Path(__file__).parent.parent / "docs" / "masks.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert failed == 0 and tried > 8
 
 
 # --- Errors -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Lowering tries the band, then ranges, then falls back to the definition.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class Mask(Value):
         lowered = self._lower(geometry)
         if self._sizeless and isinstance(lowered[0], (FullPlan, BandPlan)):
             self._remember(_one_plan=lowered[0])
-        elif self._fixed:
+        elif self._fixed and _may_keep(*lowered):
             self._remember(_kept=(geometry, inference, lowered))
         return lowered
 
@@ -302,6 +303,14 @@ class Not(Mask):
     def __repr__(self) -> str:
         part = repr(self.part)
         return f"~({part})" if isinstance(self.part, _Combination) else f"~{part}"
+
+
+def _may_keep(plan: MaskPlan, positions: QueryPositions) -> bool:
+    """Small, and made of real tensors, not of the stand-ins that tracing makes."""
+    if isinstance(plan, DensePlan):
+        return False
+    values = [getattr(part, field.name) for part in (plan, positions) for field in fields(part)]
+    return all(type(value) is Tensor for value in values if isinstance(value, Tensor))
 
 
 def default_positions(geometry: Geometry) -> QueryPositions:
