@@ -66,6 +66,18 @@ def test_strict_refuses_memory_that_grows_with_the_square() -> None:
         mh.attention(leaf, K, K, mask=mh.Window(2, 2), strict=True)
 
 
+def test_strict_refuses_a_mask_that_becomes_dense_but_not_a_dense_one_that_is_given() -> None:
+    checkers = mh.Predicate(lambda b, h, p, j: (p + j) % 2 == 0)
+    keys = torch.randn(2, 3, 19, 8)  # ten separate keys in a row: too many for intervals
+    with pytest.raises(mh.StrictError, match="became Lq \\* Lk bools"):
+        mh.attention(Q, keys, keys, mask=checkers, strict=True)
+    assert mh.explain(Q, keys, keys, mask=checkers, strict=True).backend is None
+    assert "Lq * Lk" in str(mh.explain(Q, keys, keys, mask=checkers))
+    mine = checkers.materialize(5, 19)
+    mh.attention(Q, keys, keys, mask=mine, strict=True)
+    assert mh.explain(Q, keys, keys, mask=mine).memory is None
+
+
 def test_explanation_reads_well() -> None:
     text = str(mh.explain(Q.clone().requires_grad_(), K, K, mask=mh.Window(2, 2)))
     for part in ("backend: sdpa", "mask plan: band", "memory: the band", "not native: a gradient"):
@@ -73,8 +85,11 @@ def test_explanation_reads_well() -> None:
 
 
 def test_memory_note_matches_what_is_allocated() -> None:
-    """SDPA's note against the truth: the largest tensor PyTorch makes on the way."""
-    long = [torch.randn(1, 1, 2048, 16, requires_grad=True) for _ in range(3)]
+    """SDPA's note against the truth: the largest tensor PyTorch makes on the way.
+
+    The last axis is strided, for which PyTorch by itself would store the scores.
+    """
+    long = [torch.randn(1, 1, 16, 2048, requires_grad=True).mT for _ in range(3)]
     for mask, grows in ((None, False), (mh.Causal(), False), (mh.Window(9, 0), True)):
         note = mh.explain(*long, mask=mask, backend="sdpa").memory
         with torch.profiler.profile(profile_memory=True) as profile:

@@ -78,12 +78,21 @@ def select_cached(fields: tuple[Any, ...], backend: str | None, strict: bool) ->
 
 
 def explain(
-    spec: AttentionSpec, plan_reason: str, backend: str | None = None, strict: bool = False
+    spec: AttentionSpec,
+    plan_reason: str,
+    plan_memory: str | None = None,
+    backend: str | None = None,
+    strict: bool = False,
 ) -> Explanation:
-    """As `select`, but reports instead of raising when nothing can run the call."""
+    """As `select`, but reports instead of raising when nothing can run the call.
+
+    plan_memory: why the mask plan itself takes memory that grows with Lq * Lk, if it does.
+    """
     chosen, refusals, _ = _choose(spec, backend, strict)
-    memory = None if chosen is None else chosen.memory_note(spec)
-    name = None if chosen is None else chosen.NAME
+    memory = plan_memory
+    if chosen is not None:
+        memory = chosen.memory_note(spec) or plan_memory
+    name = None if chosen is None or (strict and plan_memory) else chosen.NAME
     return Explanation(name, spec.plan, plan_reason, memory, tuple(refusals), spec)
 
 

@@ -21,6 +21,7 @@ from manyheads.arguments import (
     raise_not_bool,
 )
 from manyheads.dispatch import Explanation
+from manyheads.errors import StrictError
 from manyheads.spec import (
     AttentionCall,
     AttentionSpec,
@@ -144,6 +145,11 @@ def attention(
         query_start,
         return_lse,
     )
+    if strict and (note := _plan_memory(call.plan)) is not None:
+        raise StrictError(
+            f"strict=True: got {note}; expected memory that does not grow with Lq * Lk; give "
+            "strict=False, or make the mask yourself as a bool tensor"
+        )
     if torch.compiler.is_compiling():
         chosen = dispatch.select(AttentionSpec(*fields), backend, strict)
     else:
@@ -193,7 +199,8 @@ def explain(
         query_start,
         return_lse,
     )
-    return dispatch.explain(AttentionSpec(*fields), _plan_reason(call.plan), backend, strict)
+    spec, notes = AttentionSpec(*fields), (_plan_reason(call.plan), _plan_memory(call.plan))
+    return dispatch.explain(spec, *notes, backend, strict)
 
 
 def _prepare(
@@ -269,9 +276,16 @@ def _transformed() -> bool:
     )
 
 
+def _plan_memory(plan: MaskPlan) -> str | None:
+    """Why the plan itself holds Lq * Lk bools; None if it does not, or if the caller made them."""
+    if isinstance(plan, DensePlan) and not plan.from_user:
+        return f"a mask that became Lq * Lk bools ({plan.reason})"
+    return None
+
+
 def _plan_reason(plan: MaskPlan) -> str:
     if isinstance(plan, DensePlan):
-        return f"{plan.reason}; {'your tensor' if plan.from_user else 'Lq * Lk bools of memory'}"
+        return plan.reason
     if isinstance(plan, IntervalsPlan):
         return f"up to {plan.ranges.shape[-2]} key ranges per query row, O(Lq) memory"
     if isinstance(plan, BandPlan):

@@ -72,6 +72,8 @@ def _run(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
     causal = _is_causal(call)
     if not causal:
         mask, nothing = _mask(call)
+    if nothing is not None:
+        query = query.masked_fill(nothing, 0.0)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = scaled_dot_product_attention(
         query,
@@ -97,8 +99,8 @@ def _is_causal(call: AttentionCall) -> bool:
 def _mask(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
     """(attn_mask, the rows [B|1, Hq|1, Lq, 1] that may attend to nothing).
 
-    Such rows are let see every key and their output is zeroed, so that neither they nor their
-    gradients depend on how a kernel and a version of PyTorch treat them.
+    Such rows are let see every key, with a query of zeros, and their output is zeroed: neither they
+    nor their gradients depend on how a kernel and a version of PyTorch treat them.
     """
     bias = call.bias.materialize(call.geometry, call.positions)
     if call.plan.kind == "full" and bias is None:
