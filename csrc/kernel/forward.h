@@ -38,15 +38,27 @@ inline float score_unit(const Forward& call) {
 template <int N, bool kAdd>
 struct StoreScores {
   float* scores;
+  float* running_max;  // [lanes], or null
   template <int R>
   void operator()(int64_t row, Vec (&c)[R][N]) const {
+    constexpr int W = Vec::kLanes;
+    float* first = scores + row * (N * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
       for (int n = 0; n < N; ++n) {
-        float* p = scores + (row + r) * (N * Vec::kLanes) + n * Vec::kLanes;
-        store(p, kAdd ? load(p) + c[r][n] : c[r][n]);
+        float* p = first + (r * N + n) * W;
+        if (kAdd) c[r][n] = load(p) + c[r][n];
+        store(p, c[r][n]);
       }
+    }
+    if (!running_max) return;
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      Vec largest = load(running_max + n * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) largest = max(largest, c[r][n]);
+      store(running_max + n * W, largest);
     }
   }
 };
@@ -116,14 +128,16 @@ struct KeyValue {
 // sums) even more so.
 template <int N>
 inline void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
-                           const KeyValue& kv, const Block& block) {
+                           const KeyValue& kv, const Block& block, float* running_max) {
   const int64_t piece = call.Lq * (call.Hq / call.Hkv) <= 16 ? 32 : 128;
+  const auto max_after = [&](int64_t d) { return d < call.D ? nullptr : running_max; };
   multiply_rows<N, false>(kv.key, kv.key_stride, tile.query, minimum(piece, call.D), block.begin,
-                          block.end, *work.soon, StoreScores<N, false>{work.scores});
+                          block.end, *work.soon,
+                          StoreScores<N, false>{work.scores, max_after(piece)});
   for (int64_t d = piece; d < call.D; d += piece)
     multiply_rows<N, false>(kv.key + d, kv.key_stride, tile.query + d * N * Vec::kLanes,
                             minimum(piece, call.D - d), block.begin, block.end, *work.soon,
-                            StoreScores<N, true>{work.scores});
+                            StoreScores<N, true>{work.scores, max_after(d + piece)});
 }
 
 template <int N>
@@ -137,7 +151,13 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
     read_allowed(tile, block, work.allowed);
     if (block.begin >= block.end) return;
   }
-  compute_scores<N>(call, tile, work, kv, block);
+  Vec old_max[N], new_max[N], shift[N], sum[N];
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) old_max[n] = load(tile.inner.max + n * W);
+  // Where the scores are final as they come, their maximum is taken while they are in registers.
+  const bool final = !transforms(call) && block.core_begin == block.begin &&
+                     block.core_end == block.end;
+  compute_scores<N>(call, tile, work, kv, block, final ? tile.inner.max : nullptr);
   if (transforms(call)) {
     if (call.bias.dense) read_bias(call, tile, block, work.bias);
     transform_scores<N>(call, tile, block, work);
@@ -146,12 +166,13 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
   }
 
   const Vec unit = set(score_unit(call));
-  Vec old_max[N], new_max[N], shift[N], sum[N];
 #pragma GCC unroll 3
-  for (int n = 0; n < N; ++n) new_max[n] = old_max[n] = load(tile.inner.max + n * W);
-  mask_scores<N>(tile, block, work, block.begin, block.core_begin, new_max);
-  take_max<N>(work, block.core_begin, block.core_end, new_max);
-  mask_scores<N>(tile, block, work, block.core_end, block.end, new_max);
+  for (int n = 0; n < N; ++n) new_max[n] = load(tile.inner.max + n * W);
+  if (!final) {
+    mask_scores<N>(tile, block, work, block.begin, block.core_begin, new_max);
+    take_max<N>(work, block.core_begin, block.core_end, new_max);
+    mask_scores<N>(tile, block, work, block.core_end, block.end, new_max);
+  }
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) {
     shift[n] = scaled(new_max[n], unit);
@@ -395,12 +416,35 @@ inline void want_query_rows(Prefetcher& soon, const Forward& call, const float* 
               (item.end + group - 1) / group, width);
 }
 
+// What to have in cache by the time the block at `key` is done: its V, the next block's K and, near
+// the item's end, the rows it will write and the next item's queries and first keys.
+inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& item, int64_t key,
+                        Range keys, int64_t likely_next) {
+  constexpr int64_t kNearEnd = 3 * kBlock;
+  Prefetcher& soon = *work.soon;
+  const int64_t block_end = minimum(key + kBlock, keys.end), left = keys.end - key;
+  const bool first = key <= keys.begin, near_end = left <= kNearEnd;
+  // Near the end the list runs on from block to block, so that the last lines have time to come.
+  if (first || !near_end) soon.clear();
+  if (!work.value)
+    want_rows(soon, call.value, call.value_stride, item.b, item.hkv, key, block_end, call.Dv);
+  if (!work.key)
+    want_rows(soon, call.key, call.key_stride, item.b, item.hkv, block_end,
+              minimum(block_end + kBlock, keys.end), call.D);
+  if (!near_end || (left + kBlock <= kNearEnd && !first)) return;
+  want_query_rows(soon, call, call.out, call.out_stride, item, call.Dv);
+  if (likely_next < 0) return;
+  const Item next = find_item(call, likely_next);
+  want_query_rows(soon, call, call.query, call.query_stride, next, call.D);
+  if (next.hkv != item.hkv || next.b != item.b)
+    want_rows(soon, call.key, call.key_stride, next.b, next.hkv, 0, minimum(kBlock, call.Lk),
+              call.D);
+}
+
 // `likely_next` is a guess at the item this thread will be given next; its queries are fetched ahead.
 void forward(const Forward& call, int64_t index, int64_t likely_next, void* memory) {
   const Scratch scratch = lay_out(call, memory);
   const Item item = find_item(call, index);
-  Prefetcher& soon = *scratch.work.soon;
-
   int num_tiles = 0;
   Range keys{int32_t(call.Lk), 0};
   const int lanes = tile_vectors(call) * Vec::kLanes;
@@ -418,23 +462,7 @@ void forward(const Forward& call, int64_t index, int64_t likely_next, void* memo
 
   for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
     const KeyValue kv = load_block(call, scratch.work, item.b, item.hkv, key, keys);
-    const int64_t block_end = minimum(key + kBlock, keys.end);
-    soon.clear();
-    if (kv.value != scratch.work.value)
-      want_rows(soon, call.value, call.value_stride, item.b, item.hkv, key, block_end, call.Dv);
-    if (block_end < keys.end) {
-      want_rows(soon, call.key, call.key_stride, item.b, item.hkv, block_end,
-                minimum(block_end + kBlock, keys.end), call.D);
-    } else {
-      want_query_rows(soon, call, call.out, call.out_stride, item, call.Dv);
-      if (likely_next >= 0) {
-        const Item next = find_item(call, likely_next);
-        want_query_rows(soon, call, call.query, call.query_stride, next, call.D);
-        if (next.hkv != item.hkv || next.b != item.b)
-          want_rows(soon, call.key, call.key_stride, next.b, next.hkv, 0,
-                    minimum(kBlock, call.Lk), call.D);
-      }
-    }
+    fetch_ahead(call, scratch.work, item, key, keys, likely_next);
     const bool span_ends = (key + kBlock) % kSpan == 0 || key + kBlock >= keys.end;
     for (int i = 0; i < num_tiles; ++i) {
       Tile& tile = scratch.tiles[i];

@@ -1,5 +1,5 @@
-// Memory that will be wanted soon, fetched a few cache lines at a time between register tiles: a burst
-// would wait for memory as the reads themselves do.
+// Memory that will be wanted soon, fetched a cache line at a time between the steps of a product: a burst
+// of prefetches would wait for memory as the reads themselves do.
 #pragma once
 
 #include <cstdint>
@@ -20,20 +20,27 @@ class Prefetcher {
     list_[count_++] = {static_cast<const char*>(first), stride, rows, bytes};
   }
 
-  void fetch_some() {
-    for (int line = 0; line < kLinesAtATime && next_ < count_; ++line) {
+  // The next `n` lines; `idle`, which is in cache anyway, where there are no more.
+  [[gnu::noinline]] void take(const void** lines, int64_t n, const void* idle) {
+    while (n > 0 && next_ < count_) {
       Rows& rows = list_[next_];
-      __builtin_prefetch(rows.at + offset_, 0, 2);
-      offset_ += kLine;
-      if (offset_ < rows.bytes) continue;
+      const int64_t in_row = (rows.bytes - offset_ + kLine - 1) / kLine;
+      const int64_t here = in_row < n ? in_row : n;
+      const char* line = rows.at + offset_;
+      for (int64_t i = 0; i < here; ++i) lines[i] = line + i * kLine;
+      lines += here;
+      n -= here;
+      offset_ += here * kLine;
+      if (here < in_row) continue;
       offset_ = 0;
       rows.at += rows.stride;
       if (--rows.rows == 0) ++next_;
     }
+    for (int64_t i = 0; i < n; ++i) lines[i] = idle;
   }
 
  private:
-  static constexpr int kCapacity = 16, kLinesAtATime = 32;
+  static constexpr int kCapacity = 64;
   static constexpr int64_t kLine = 64;
   struct Rows {
     const char* at;

@@ -15,11 +15,28 @@ namespace {
 template <int N>
 constexpr int kRows = N == 3 ? Vec::kRows3 : N == 2 ? Vec::kRows2 : Vec::kRows1;
 
+// How many steps of a product there are to one prefetch.
+constexpr int kStepsPerLine = 2;
+
+template <int R, int N>
+[[gnu::always_inline]] inline void multiply_step(Vec (&c)[R][N], const float* a, int64_t a_row,
+                                                 const float* b) {
+  Vec lanes[N];
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) lanes[n] = load(b + n * Vec::kLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Vec x = set(a[r * a_row]);
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) c[r][n] = fma(x, lanes[n], c[r][n]);
+  }
+}
+
 // One register tile. `Use` takes the finished tile: use(row, c). Out of line, so that each has the
 // registers to itself.
 template <int R, int N, bool kRowsAdjacent, class Use>
 [[gnu::noinline]] void multiply_tile(const float* a, int64_t stride, const float* b, int64_t T,
-                                     int64_t row, Use use) {
+                                     int64_t row, const void* const* soon, Use use) {
   const int64_t a_row = kRowsAdjacent ? 1 : stride, a_step = kRowsAdjacent ? stride : 1;
   a += row * a_row;
   Vec c[R][N];
@@ -27,16 +44,18 @@ template <int R, int N, bool kRowsAdjacent, class Use>
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) c[r][n] = zero();
-  for (int64_t t = 0; t < T; ++t) {
-    Vec lanes[N];
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) lanes[n] = load(b + n * Vec::kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec x = set(a[r * a_row]);
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) c[r][n] = fma(x, lanes[n], c[r][n]);
+  int64_t t = 0;
+  for (; t + kStepsPerLine <= T; t += kStepsPerLine) {
+    __builtin_prefetch(*soon++, 0, 2);
+#pragma GCC unroll 2
+    for (int i = 0; i < kStepsPerLine; ++i) {
+      multiply_step<R, N>(c, a, a_row, b);
+      a += a_step;
+      b += N * Vec::kLanes;
     }
+  }
+  for (; t < T; ++t) {
+    multiply_step<R, N>(c, a, a_row, b);
     a += a_step;
     b += N * Vec::kLanes;
   }
@@ -45,13 +64,16 @@ template <int R, int N, bool kRowsAdjacent, class Use>
 
 // C for rows [begin, end) of A: full register tiles first, then halves of what is left.
 // A is [rows][T]: with kRowsAdjacent a[t * stride + row] (V, used as its transpose), otherwise
-// a[row * stride + t] (K). B is [T][N * kLanes].
+// a[row * stride + t] (K). B is [T][N * kLanes], T at most kMaxSteps.
+constexpr int64_t kMaxSteps = 128;
+
 template <int N, bool kRowsAdjacent, int R = kRows<N>, class Use>
 inline void multiply_rows(const float* a, int64_t stride, const float* b, int64_t T, int64_t begin,
                           int64_t end, Prefetcher& soon, Use use) {
   for (; end - begin >= R; begin += R) {
-    soon.fetch_some();
-    multiply_tile<R, N, kRowsAdjacent>(a, stride, b, T, begin, use);
+    const void* lines[kMaxSteps / kStepsPerLine];
+    soon.take(lines, T / kStepsPerLine, b);
+    multiply_tile<R, N, kRowsAdjacent>(a, stride, b, T, begin, lines, use);
   }
   if constexpr (R > 1) {
     constexpr int kNext = R > 8 ? 8 : R / 2;
