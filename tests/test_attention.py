@@ -396,6 +396,17 @@ def test_vmap_and_jvp_take_the_reference(mask: mh.Mask | None) -> None:
     assert torch.equal(tangent, slope(None))
 
 
+@SCRIPTED
+def test_second_derivatives_in_torch_func_need_no_asking() -> None:
+    key, value = torch.randn(1, 5, 4), torch.randn(1, 5, 3)
+
+    def run(query: Tensor) -> Tensor:
+        return mh.attention(query, key, value, mask=mh.Causal()).square().sum()
+
+    curvature = torch.func.hessian(run)(torch.randn(1, 2, 4))
+    assert curvature.isfinite().all() and curvature.abs().max() > 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask", [None, mh.Causal(), mh.Window(3, 2)], ids=repr)
 def test_compiles_without_a_graph_break(backend: str, mask: mh.Mask | None) -> None:
