@@ -25,6 +25,8 @@ import manyheads as mh
 from manyheads.benchmark import Comparison, attention_flops, compare, fma_peak
 
 GIGA = 1e9
+#: Seconds to wait, per row, for pairs that no neighbour disturbs.
+PATIENCE = 40.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def peer_mask(row: Row) -> Tensor | None:
     return bias.masked_fill(~allowed, float("-inf"))
 
 
+def peak() -> float:
+    """Multiply-adds a second on all threads, at the clock the machine has right now.
+
+    One millisecond: a loop of multiply-adds on registers alone draws less power than anything
+    that reads memory, and where power limits the clock it climbs well above what any kernel gets.
+    """
+    return (fma_peak(0.001) or float("nan")) * GIGA
+
+
 def time_row(row: Row, pairs: int) -> Comparison:
     query, key, value = row.inputs()
     mask = peer_mask(row)
@@ -104,7 +115,8 @@ def time_row(row: Row, pairs: int) -> Comparison:
         ),
         lambda: sdpa(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped),
         pairs=pairs,
-        limit=lambda: (fma_peak(0.01) or float("nan")) * GIGA,
+        limit=peak,
+        patience=PATIENCE,
     )
 
 
@@ -116,6 +128,8 @@ def causal_over_full(length: int, pairs: int) -> Comparison:
         lambda: mh.attention(query, key, value),
         pairs=pairs,
         check=lambda ours, peer: None,  # they differ by meaning
+        limit=peak,
+        patience=PATIENCE,
     )
 
 
@@ -131,7 +145,11 @@ def extra_memory(length: int) -> float:
 
 
 def quiet_word(result: Comparison) -> str:
-    return {True: "yes", False: f"no ({result.others:.2f} cores)", None: "unknown"}[result.quiet]
+    if result.disturbed is None:
+        return "no"
+    left_out = f", {result.disturbed} left out" if result.disturbed else ""
+    others = "unknown" if result.others is None else f"{result.others:.2f} cores"
+    return ("yes" if result.quiet else f"others {others}") + left_out
 
 
 def measure(pairs: int, only: str) -> list[list[str]]:

@@ -55,8 +55,8 @@ struct Forward {
   const float* value;  // [B, Hkv, Lk, Dv]
   float* out;          // [B, Hq, Lq, Dv]
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // over b, h, row
-  float* lse;                // [B, Hq, Lq] contiguous, or null
-  const float* sinks;        // [Hq] or null
+  float* lse;          // [B, Hq, Lq] contiguous, or null
+  const float* sinks;  // [Hq] or null
   float scale;
   float softcap;             // 0: none (Python has checked that a given one is positive)
   PerBatch query_start;      // p = query_start + row, unless
@@ -67,8 +67,9 @@ struct Forward {
 };
 
 // One ISA's kernels. A call is cut into `num_tiles` independent tiles, in the order they should be
-// handed out; any thread may run any tile, with `scratch_bytes` of 64-byte-aligned memory of its own.
-// `likely_next` is a guess at the tile the same thread will run next (-1: none), to fetch its data ahead.
+// handed out; any thread may run any tile, with `scratch_bytes` of 64-byte-aligned memory of its
+// own. `likely_next` is a guess at the tile the same thread will run next (-1: none), to fetch its
+// data ahead.
 struct Kernels {
   const char* name;
   int64_t (*num_tiles)(const Forward&);

@@ -6,5 +6,6 @@
 
 namespace manyheads {
 extern const Kernels kKernelsAvx512;
-const Kernels kKernelsAvx512{"avx512", num_items, scratch_bytes, forward, kFlopsPerStep, multiply_add};
+const Kernels kKernelsAvx512{"avx512", num_items,     scratch_bytes,
+                             forward,  kFlopsPerStep, multiply_add};
 }  // namespace manyheads

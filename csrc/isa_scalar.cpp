@@ -6,5 +6,6 @@
 
 namespace manyheads {
 extern const Kernels kKernelsScalar;
-const Kernels kKernelsScalar{"scalar", num_items, scratch_bytes, forward, kFlopsPerStep, multiply_add};
+const Kernels kKernelsScalar{"scalar", num_items,     scratch_bytes,
+                             forward,  kFlopsPerStep, multiply_add};
 }  // namespace manyheads

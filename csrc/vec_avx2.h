@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "exponent.h"
+
 namespace {
 
 struct Vec {
@@ -45,9 +47,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 
-inline Vec select(Lanes which, Vec yes, Vec no) {
-  return {_mm256_blendv_ps(no.v, yes.v, which.v)};
-}
+inline Vec select(Lanes which, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, which.v)}; }
 inline Lanes equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Lanes less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 inline Lanes is_nan(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
@@ -69,18 +69,17 @@ inline VecI min(VecI a, VecI b) { return {_mm256_min_epi32(a.v, b.v)}; }
 inline VecI max(VecI a, VecI b) { return {_mm256_max_epi32(a.v, b.v)}; }
 inline Vec to_float(VecI a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
-  return {_mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(low.v, x.v),
-                                                  _mm256_cmpgt_epi32(high.v, x.v)))};
+  return {_mm256_castsi256_ps(
+      _mm256_andnot_si256(_mm256_cmpgt_epi32(low.v, x.v), _mm256_cmpgt_epi32(high.v, x.v)))};
 }
-inline Vec gather(const float* base, VecI index) {
-  return {_mm256_i32gather_ps(base, index.v, 4)};
-}
+inline Vec gather(const float* base, VecI index) { return {_mm256_i32gather_ps(base, index.v, 4)}; }
 
-// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below -126 (so at -inf), NaN at NaN.
+// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below kNothing (so at -inf), NaN
+// at NaN.
 // 2^x = 2^n 2^f with n the nearest integer: a degree-6 minimax polynomial for 2^f on [-1/2, 1/2]
 // (relative error 7.9e-8 in float32) whose constant term is pinned to 1; n goes into the exponent.
 inline Vec exp2(Vec x) {
-  const __m256 low = _mm256_set1_ps(-126.0f);
+  const __m256 low = _mm256_set1_ps(kNothing);
   const __m256 y = _mm256_max_ps(low, x.v);  // in this order NaN stays NaN
   const __m256 n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 f = _mm256_sub_ps(y, n);
@@ -92,8 +91,7 @@ inline Vec exp2(Vec x) {
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.62e430p-1f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-  const __m256 power =
-      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+  const __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
   const __m256 is_number = _mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q);
   const __m256 finite = _mm256_blendv_ps(p, power, is_number);  // keeps NaN untouched
   return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, low, _CMP_LT_OQ), finite)};

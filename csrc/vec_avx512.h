@@ -6,11 +6,14 @@
 
 #include <cstdint>
 
+#include "exponent.h"
+
 namespace {
 
 struct Vec {
   static constexpr int kLanes = 16;
-  static constexpr int kRows3 = 8, kRows2 = 12, kRows1 = 16;  // micro-kernel rows at 3, 2, 1 vectors
+  static constexpr int kRows3 = 8, kRows2 = 12,
+                       kRows1 = 16;  // micro-kernel rows at 3, 2, 1 vectors
   __m512 v;
 };
 struct VecI {
@@ -63,11 +66,10 @@ inline Vec to_float(VecI a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
   return _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask(low.v, x.v), x.v, high.v);
 }
-inline Vec gather(const float* base, VecI index) {
-  return {_mm512_i32gather_ps(index.v, base, 4)};
-}
+inline Vec gather(const float* base, VecI index) { return {_mm512_i32gather_ps(index.v, base, 4)}; }
 
-// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 at -inf, NaN at NaN. 2^x = 2^floor(x) 2^f
+// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below kNothing (so at -inf),
+// NaN at NaN. 2^x = 2^floor(x) 2^f
 // with f in [0, 1): a degree-6 minimax polynomial for 2^f (relative error 6.5e-8 in float32) whose
 // constant term is pinned to 1. vscalefps takes the floor of its second operand by itself.
 inline Vec exp2(Vec x) {
@@ -79,7 +81,8 @@ inline Vec exp2(Vec x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebfd58p-3f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e42cp-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return {_mm512_scalef_ps(p, x.v)};
+  const __mmask16 counts = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kNothing), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(counts, p, x.v)};
 }
 
 // rows[i] lane j <-> rows[j] lane i

@@ -1,8 +1,10 @@
-// Vec for any machine: 4 float lanes in the compiler's own vector type, no instruction of any ISA named.
-// Every vec_*.h offers the same names; the kernels are written over them and nothing else.
+// Vec for any machine: 4 float lanes in the compiler's own vector type, no instruction of any ISA
+// named. Every vec_*.h offers the same names; the kernels are written over them and nothing else.
 #pragma once
 
 #include <cstdint>
+
+#include "exponent.h"
 
 namespace {
 
@@ -95,10 +97,11 @@ inline Vec gather(const float* base, VecI index) {
   return {Vec::Type{base[index.v[0]], base[index.v[1]], base[index.v[2]], base[index.v[3]]}};
 }
 
-// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below -126 (so at -inf), NaN at NaN.
+// 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below kNothing (so at -inf), NaN
+// at NaN.
 // The same method and polynomial as in vec_avx2.h.
 inline Vec exp2(Vec x) {
-  const Vec low = set(-126.0f);
+  const Vec low = set(kNothing);
   const Vec y = select(less(x, low), low, x);
   const Vec magic = set(0x1.8p+23f);  // adding it leaves the nearest integer in the low bits
   const Vec n = (y + magic) - magic;

@@ -228,12 +228,48 @@ def test_compare_times_both_sides_in_pairs():
     assert result.others is None or result.others >= 0.0
 
 
-def test_a_slower_side_shows():
-    small, large = torch.randn(64, 64), torch.randn(512, 512)
+class Clock:
+    """Stands in for the time module: work takes what it says, to the digit."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def work(self, seconds):
+        self.now += seconds
+
+
+def test_ratio_and_share_of_the_limit(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(benchmark, "time", clock)
     result = benchmark.compare(
-        lambda: (small @ small, None), lambda: (large @ large, None), pairs=3
+        lambda: clock.work(1.0), lambda: clock.work(3.0), pairs=3, limit=lambda: 8.0
     )
-    assert result.spread[0] > 1.0
+    assert result.speedup == pytest.approx(3.0)
+    assert result.share_of_limit(4.0) == pytest.approx(0.5)
+    assert result.disturbed == 0
+
+
+def test_pairs_beside_a_lowered_limit_are_left_out(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(benchmark, "time", clock)
+    calls = []
+
+    def limit():  # two for each pair; a neighbour is there from the third pair to the fifth
+        calls.append(None)
+        return 5.0 if 2 <= (len(calls) - 1) // 2 <= 4 else 8.0
+
+    def ours():
+        clock.work(2.0 if 4 <= len(calls) < 10 else 1.0)
+
+    result = benchmark.compare(ours, lambda: clock.work(3.0), pairs=7, limit=limit, patience=1e6)
+    assert result.disturbed == 3 and len(result.ratios) == 7
+    assert result.spread == pytest.approx((3.0, 3.0))
+    calls.clear()
+    impatient = benchmark.compare(ours, lambda: clock.work(3.0), pairs=7, limit=limit)
+    assert impatient.disturbed is None and not impatient.quiet and len(impatient.ratios) == 7
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 // The forward pass: for each tile of query lanes, block by block of keys, Sᵀ = K Qᵀ, the online
-// softmax (Milakov and Gimelshein 2018; Dao et al. 2022, "FlashAttention"), Oᵀ = Oᵀ·correction + Vᵀ Pᵀ.
+// softmax (Milakov and Gimelshein 2018; Dao et al. 2022, "FlashAttention"), Oᵀ = Oᵀ·correction + Vᵀ
+// Pᵀ.
 //
 // Rules that keep it accurate and bitwise reproducible:
-//  1. a block's O and row sum start from zero and are then added to the running ones; above kSpan keys
+//  1. a block's O and row sum start from zero and are then added to the running ones; above kSpan
+//  keys
 //     in two levels. One chain over all keys would be several times outside the numerics rule;
-//  2. blocks are cut at absolute multiples of kBlock, and only keys masked for every lane are left out;
+//  2. blocks are cut at absolute multiples of kBlock, and only keys masked for every lane are left
+//  out;
 //  3. exp2(0) is exactly 1, and a masked weight is exactly 0, so such keys change nothing;
 //  4. a maximum of -inf is guarded, so that no correction is inf or NaN;
 //  5. one order over D and over keys, whatever the register tile;
@@ -29,7 +32,8 @@ inline Vec correction(Vec old_max, Vec new_max, Vec unit) {
 inline bool transforms(const Forward& call) {
   return call.softcap != 0 || call.sinks || has_bias(call.bias);
 }
-// From such scores to log2 units: the scale is still to come unless transform_scores has applied it.
+// From such scores to log2 units: the scale is still to come unless transform_scores has applied
+// it.
 inline float score_unit(const Forward& call) {
   const float scale = call.scale < 0 ? -call.scale : call.scale;
   return transforms(call) ? kLog2e : scale * kLog2e;
@@ -81,7 +85,8 @@ struct AddToOut {
   }
 };
 
-// True if a row of V that some lane may not attend to holds inf or NaN: 0 * inf must not leak there.
+// True if a row of V that some lane may not attend to holds inf or NaN: 0 * inf must not leak
+// there.
 inline bool masked_rows_not_finite(const Block& block, const float* value, int64_t stride,
                                    int64_t Dv) {
   constexpr int W = Vec::kLanes;
@@ -99,7 +104,8 @@ inline bool masked_rows_not_finite(const Block& block, const float* value, int64
   return any(is_nan(seen));
 }
 
-// Vᵀ Pᵀ where weights marked as masked (-0) take no part; same order as multiply_rows. Rare and slow.
+// Vᵀ Pᵀ where weights marked as masked (-0) take no part; same order as multiply_rows. Rare and
+// slow.
 template <int N>
 [[gnu::noinline]] void multiply_guarded(const float* value, int64_t stride, const float* weights,
                                         int64_t T, int64_t Dv, AddToOut<N> use) {
@@ -123,9 +129,9 @@ struct KeyValue {
   int64_t key_stride, value_stride;
 };
 
-// Sᵀ = K Qᵀ for the block's rows. D is summed in pieces: a chain over a long head is less exact than the
-// matrix product it is measured against, and with few queries (then a dot product with many partial
-// sums) even more so.
+// Sᵀ = K Qᵀ for the block's rows. D is summed in pieces: a chain over a long head is less exact
+// than the matrix product it is measured against, and with few queries (then a dot product with
+// many partial sums) even more so.
 template <int N>
 inline void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
                            const KeyValue& kv, const Block& block, float* running_max) {
@@ -155,8 +161,8 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) old_max[n] = load(tile.inner.max + n * W);
   // Where the scores are final as they come, their maximum is taken while they are in registers.
-  const bool final = !transforms(call) && block.core_begin == block.begin &&
-                     block.core_end == block.end;
+  const bool final =
+      !transforms(call) && block.core_begin == block.begin && block.core_end == block.end;
   compute_scores<N>(call, tile, work, kv, block, final ? tile.inner.max : nullptr);
   if (transforms(call)) {
     if (call.bias.dense) read_bias(call, tile, block, work.bias);
@@ -213,15 +219,16 @@ inline void pack_rows(const float* from, int64_t stride, int64_t begin, int64_t 
   }
 }
 
-// The block of keys starting at `key`. Rows that do not follow each other closely, as in memory laid
-// out [B, L, H, D], fall on few cache sets when their distance is a power of two; they are copied.
+// The block of keys starting at `key`. Rows that do not follow each other closely, as in memory
+// laid out [B, L, H, D], fall on few cache sets when their distance is a power of two; they are
+// copied.
 inline KeyValue load_block(const Forward& call, const Workspace& work, int64_t b, int64_t hkv,
                            int64_t key, Range keys) {
-  KeyValue kv{call.key + b * call.key_stride[0] + hkv * call.key_stride[1] +
-                  key * call.key_stride[2],
-              call.value + b * call.value_stride[0] + hkv * call.value_stride[1] +
-                  key * call.value_stride[2],
-              call.key_stride[2], call.value_stride[2]};
+  KeyValue kv{
+      call.key + b * call.key_stride[0] + hkv * call.key_stride[1] + key * call.key_stride[2],
+      call.value + b * call.value_stride[0] + hkv * call.value_stride[1] +
+          key * call.value_stride[2],
+      call.key_stride[2], call.value_stride[2]};
   const int64_t begin = maximum(keys.begin - key, 0), end = minimum(keys.end - key, kBlock);
   if (kv.key_stride != call.D) {
     pack_rows(kv.key, kv.key_stride, begin, end, call.D, work.key);
@@ -253,8 +260,8 @@ inline void merge(const Forward& call, int64_t lanes, Partial& from, Partial& in
   clear(from, lanes, call.Dv);
 }
 
-// A sink is an extra logit that takes part in the softmax and carries no value. A lane that attended to
-// no key is left alone.
+// A sink is an extra logit that takes part in the softmax and carries no value. A lane that
+// attended to no key is left alone.
 inline void add_sinks(const Forward& call, const Tile& tile, Partial& total) {
   constexpr int W = Vec::kLanes;
   const int64_t lanes = tile.lanes();
@@ -265,7 +272,8 @@ inline void add_sinks(const Forward& call, const Tile& tile, Partial& total) {
     const Vec old_max = load(total.max + i), sink = load(sinks + i);
     const Vec new_max = select(equal(old_max, minus_infinity), old_max, max(old_max, sink));
     const Vec factor = correction(old_max, new_max, unit);
-    const Vec extra = select(equal(old_max, minus_infinity), zero(), correction(sink, new_max, unit));
+    const Vec extra =
+        select(equal(old_max, minus_infinity), zero(), correction(sink, new_max, unit));
     store(total.max + i, new_max);
     store(total.sum + i, fma(load(total.sum + i), factor, extra));
     for (int64_t d = 0; d < call.Dv; ++d)
@@ -291,7 +299,8 @@ inline Vec divide(Vec a, Vec b, Vec inverse) {
   return select(is_nan(rest), quotient, fma(rest, inverse, quotient));
 }
 
-// Normalises the result and writes it as rows of `out`; a lane that attended to nothing gives zeros.
+// Normalises the result and writes it as rows of `out`; a lane that attended to nothing gives
+// zeros.
 inline void finish_tile(const Forward& call, Tile& tile) {
   constexpr int W = Vec::kLanes;
   const int64_t lanes = tile.lanes();
@@ -308,8 +317,8 @@ inline void finish_tile(const Forward& call, Tile& tile) {
       const int64_t columns = minimum(W, call.Dv - d);
       Vec rows[W];
       for (int64_t i = 0; i < W; ++i)
-        rows[i] = i < columns ? divide(load(total.out + (d + i) * lanes + v), sum, inverse)
-                             : zero();
+        rows[i] =
+            i < columns ? divide(load(total.out + (d + i) * lanes + v), sum, inverse) : zero();
       transpose(rows);
       for (int64_t i = 0; i < real; ++i) {
         if (columns == W)
@@ -321,8 +330,8 @@ inline void finish_tile(const Forward& call, Tile& tile) {
   }
 }
 
-// How a call is cut: every (b, hkv) has Lq * G flat queries; a work item is up to kItemVectors vectors
-// of them in tiles, which walk the keys together so that K and V are read from cache.
+// How a call is cut: every (b, hkv) has Lq * G flat queries; a work item is up to kItemVectors
+// vectors of them in tiles, which walk the keys together so that K and V are read from cache.
 constexpr int kItemVectors = 12;
 constexpr int kMaxTiles = kItemVectors / 2;
 
@@ -342,9 +351,7 @@ inline int64_t items_per_head(const Forward& call) {
   constexpr int64_t kItemLanes = kItemVectors * Vec::kLanes;
   return (flat_queries(call) + kItemLanes - 1) / kItemLanes;
 }
-inline int64_t num_items(const Forward& call) {
-  return call.B * call.Hkv * items_per_head(call);
-}
+inline int64_t num_items(const Forward& call) { return call.B * call.Hkv * items_per_head(call); }
 
 // Hands out pieces of scratch memory; with a null start it only adds up.
 struct Arena {
@@ -426,11 +433,12 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   const bool first = key <= keys.begin, near_end = left <= kNearEnd;
   // Near the end the list runs on from block to block, so that the last lines have time to come.
   if (first || !near_end) soon.clear();
-  if (!work.value)
+  const int64_t next_end = minimum(block_end + kBlock, keys.end);
+  if (work.value)  // packed already; the next block's rows are wanted when it begins
+    want_rows(soon, call.value, call.value_stride, item.b, item.hkv, block_end, next_end, call.Dv);
+  else
     want_rows(soon, call.value, call.value_stride, item.b, item.hkv, key, block_end, call.Dv);
-  if (!work.key)
-    want_rows(soon, call.key, call.key_stride, item.b, item.hkv, block_end,
-              minimum(block_end + kBlock, keys.end), call.D);
+  want_rows(soon, call.key, call.key_stride, item.b, item.hkv, block_end, next_end, call.D);
   if (!near_end || (left + kBlock <= kNearEnd && !first)) return;
   want_query_rows(soon, call, call.out, call.out_stride, item, call.Dv);
   if (likely_next < 0) return;
@@ -441,7 +449,8 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
               call.D);
 }
 
-// `likely_next` is a guess at the item this thread will be given next; its queries are fetched ahead.
+// `likely_next` is a guess at the item this thread will be given next; its queries are fetched
+// ahead.
 void forward(const Forward& call, int64_t index, int64_t likely_next, void* memory) {
   const Scratch scratch = lay_out(call, memory);
   const Item item = find_item(call, index);

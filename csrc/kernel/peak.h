@@ -1,4 +1,5 @@
-// The machine's limit: fused multiply-adds on registers alone, as many in flight as the kernels keep.
+// The machine's limit: fused multiply-adds on registers alone, as many in flight as the kernels
+// keep.
 #pragma once
 
 #include <cstdint>

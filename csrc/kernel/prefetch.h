@@ -1,5 +1,5 @@
-// Memory that will be wanted soon, fetched a cache line at a time between the steps of a product: a burst
-// of prefetches would wait for memory as the reads themselves do.
+// Memory that will be wanted soon, fetched a cache line at a time between the steps of a product: a
+// burst of prefetches would wait for memory as the reads themselves do.
 #pragma once
 
 #include <cstdint>

@@ -13,7 +13,9 @@
 namespace {
 
 template <int N>
-constexpr int kRows = N == 3 ? Vec::kRows3 : N == 2 ? Vec::kRows2 : Vec::kRows1;
+constexpr int kRows = N == 3   ? Vec::kRows3
+                      : N == 2 ? Vec::kRows2
+                               : Vec::kRows1;
 
 // How many steps of a product there are to one prefetch.
 constexpr int kStepsPerLine = 2;

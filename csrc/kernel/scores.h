@@ -1,5 +1,5 @@
-// From a block of raw scores Sᵀ = K Qᵀ to weights Pᵀ and the running maximum and sum: softcap, bias,
-// mask and the online softmax, all vertical, one lane per query.
+// From a block of raw scores Sᵀ = K Qᵀ to weights Pᵀ and the running maximum and sum: softcap,
+// bias, mask and the online softmax, all vertical, one lane per query.
 #pragma once
 
 #include "product.h"
@@ -8,16 +8,17 @@
 namespace {
 
 // One block of keys for one tile. Rows are keys; only rows [begin, end) are computed, since no lane
-// may attend to the others. Rows [core_begin, core_end) need no mask: every lane may attend to them.
+// may attend to the others. Rows [core_begin, core_end) need no mask: every lane may attend to
+// them.
 struct Block {
   int64_t key;  // absolute position of row 0
   int64_t begin, end, core_begin, core_end;
 };
 
 struct Workspace {
-  float* scores;   // [kBlock][lanes]: raw scores, then weights
-  float* bias;     // [kBlock][lanes] where the call has a dense bias
-  float* allowed;  // [kBlock][lanes] of 0 and 1 where it has a dense mask
+  float* scores;       // [kBlock][lanes]: raw scores, then weights
+  float* bias;         // [kBlock][lanes] where the call has a dense bias
+  float* allowed;      // [kBlock][lanes] of 0 and 1 where it has a dense mask
   float *key, *value;  // [kBlock][D or Dv] where K's or V's rows have to be packed
   Prefetcher* soon;
 };
@@ -128,8 +129,8 @@ template <int N, class Each>
 }
 
 template <int N>
-[[gnu::noinline]] void apply_softcap(const Forward& call, const Block& block,
-                                     const Workspace& work, Vec scale) {
+[[gnu::noinline]] void apply_softcap(const Forward& call, const Block& block, const Workspace& work,
+                                     Vec scale) {
   const Vec cap = set(call.softcap), to_cap = scale / cap;
   transform_rows<N>(block, work, [&](int64_t, int, Vec s) { return cap * tanh(s * to_cap); });
 }
@@ -204,8 +205,8 @@ template <int N>
       } else {
         allowed = within(load_int(tile.begin[0] + n * W), key, load_int(tile.end[0] + n * W));
         for (int r = 1; r < tile.num_ranges; ++r)
-          allowed = either(allowed, within(load_int(tile.begin[r] + n * W), key,
-                                           load_int(tile.end[r] + n * W)));
+          allowed = either(
+              allowed, within(load_int(tile.begin[r] + n * W), key, load_int(tile.end[r] + n * W)));
       }
       const Vec s = select(allowed, load(p), minus_infinity);
       store(p, s);
@@ -219,13 +220,12 @@ inline void take_max(const Workspace& work, int64_t begin, int64_t end, Vec (&ru
   constexpr int W = Vec::kLanes, L = N * W;
   for (int64_t row = begin; row < end; ++row)
 #pragma GCC unroll 3
-    for (int n = 0; n < N; ++n)
-      running[n] = max(running[n], load(work.scores + row * L + n * W));
+    for (int n = 0; n < N; ++n) running[n] = max(running[n], load(work.scores + row * L + n * W));
 }
 
 // Weights 2^(unit * s - scaled_max) of rows [begin, end), in place, added to `sum` in key order.
-// Where kMasked, a score of -inf becomes -0, not +0: it marks a pair that does not attend, and adding
-// -0 changes nothing.
+// Where kMasked, a score of -inf becomes -0, not +0: it marks a pair that does not attend, and
+// adding -0 changes nothing.
 template <int N, bool kMasked>
 [[gnu::noinline]] void weigh_scores(const Workspace& work, int64_t begin, int64_t end, float unit,
                                     const Vec (&scaled_max)[N], Vec (&sum)[N]) {

@@ -1,6 +1,6 @@
-// A tile: up to three vectors of query lanes of one (batch, key/value head), with all that belongs to
-// a lane. The G query heads of a group share their K and V, so they are stacked on the lanes too:
-// lane i of a tile holds flat query f = first + i, which is row f / G of head hkv * G + f % G.
+// A tile: up to three vectors of query lanes of one (batch, key/value head), with all that belongs
+// to a lane. The G query heads of a group share their K and V, so they are stacked on the lanes
+// too: lane i of a tile holds flat query f = first + i, which is row f / G of head hkv * G + f % G.
 #pragma once
 
 #include "../attention.h"
@@ -30,14 +30,15 @@ inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Running result of one tile over some keys: out is unnormalised, relative to 2^(scaled maximum).
 struct Partial {
-  float* out;  // [Dv][lanes]
+  float* out;                        // [Dv][lanes]
   alignas(64) float max[kMaxLanes];  // of the raw scores; -inf: no key yet
   alignas(64) float sum[kMaxLanes];
 };
 
 struct Tile {
   int64_t b, hkv, first;
-  int vectors, count;  // lanes = vectors * kLanes, of which `count` are real; the rest copy the last
+  int vectors,
+      count;  // lanes = vectors * kLanes, of which `count` are real; the rest copy the last
   int num_ranges;
   Range keys;    // hull of all lanes' keys
   float* query;  // [D][lanes]
@@ -128,9 +129,7 @@ inline int count_ranges(const Mask& mask) {
   return first ? 2 : 1;
 }
 
-inline bool has_bias(const Bias& bias) {
-  return bias.slopes || bias.distance_values || bias.dense;
-}
+inline bool has_bias(const Bias& bias) { return bias.slopes || bias.distance_values || bias.dense; }
 
 // Qᵀ of the tile's lanes: [D][lanes]. The sign of a negative scale goes here, so that the kernel's
 // running maximum is that of the scaled scores too.
@@ -140,8 +139,7 @@ inline void pack_query(const Forward& call, Tile& tile) {
   const Vec sign = set(call.scale < 0 ? -1.0f : 1.0f);
   for (int v = 0; v < tile.vectors; ++v) {
     const float* source[W];
-    for (int i = 0; i < W; ++i)
-      source[i] = at_lane(call.query, call.query_stride, tile, v * W + i);
+    for (int i = 0; i < W; ++i) source[i] = at_lane(call.query, call.query_stride, tile, v * W + i);
     for (int64_t d = 0; d < call.D; d += W) {
       const int64_t columns = minimum(W, call.D - d);
       Vec rows[W];
@@ -167,8 +165,7 @@ inline void find_positions(const Forward& call, Tile& tile) {
   for (int lane = 0; lane < tile.lanes(); ++lane) tile.position[lane] = start + tile.row[lane];
   if (!call.positions) return;
   const int32_t* positions = call.positions + tile.b * call.positions_stride;
-  for (int lane = 0; lane < tile.lanes(); ++lane)
-    tile.position[lane] = positions[tile.row[lane]];
+  for (int lane = 0; lane < tile.lanes(); ++lane) tile.position[lane] = positions[tile.row[lane]];
 }
 
 inline void find_bias(const Forward& call, Tile& tile) {

@@ -27,6 +27,9 @@ from manyheads.masks import Causal, Mask, Window
 #: More than this share of one core taken by others, and a timing is not called quiet.
 QUIET_LIMIT = 0.05
 
+#: A pair counts as undisturbed while the machine's limit stands above this share of its best.
+QUIET_SHARE = 0.9
+
 #: One sample lasts at least this long; shorter calls are repeated inside it.
 SHORTEST_SAMPLE_SECONDS = 0.02
 
@@ -42,12 +45,16 @@ class Comparison:
     others: the share of one core that other processes (and the hypervisor) took from our cores
         meanwhile; None where the system does not tell.
     limits: the machine's limit, measured beside each pair; empty if it was not asked for.
+    disturbed: how many pairs were left out because the limit itself had dropped meanwhile: a
+        neighbour on the same physical cores, whom nothing else here shows. None if there were too
+        few others, and all pairs are kept.
     """
 
     ours: tuple[float, ...]
     peer: tuple[float, ...]
     others: float | None
     limits: tuple[float, ...] = ()
+    disturbed: int | None = 0
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -84,6 +91,8 @@ class Comparison:
     @property
     def quiet(self) -> bool | None:
         """Whether the machine was left to us; None where the system does not tell."""
+        if self.disturbed is None:
+            return False
         return None if self.others is None else self.others <= QUIET_LIMIT
 
 
@@ -94,12 +103,15 @@ def compare(
     warmup: int = 2,
     check: Callable[[Any, Any], None] | None = None,
     limit: Callable[[], float] | None = None,
+    patience: float = 0.0,
 ) -> Comparison:
     """Time two zero-argument callables in turn, after checking that they agree.
 
     check: called with both results, raises if they differ; default `check_close`.
     limit: measures what the machine can do at best (work a second), just before and after our side
-        of each pair; the two are averaged.
+        of each pair; the two are averaged. Pairs during which it stood below 90 % of the best seen
+        are left out: whether a pair counts never depends on what it measured.
+    patience: seconds to go on for, at most, until there are `pairs` such pairs.
 
     >>> x = torch.ones(64)
     >>> result = compare(lambda: x * 2, lambda: x + x, pairs=3)
@@ -111,21 +123,40 @@ def compare(
         ours()
         peer()
     calls = _calls_per_sample(ours), _calls_per_sample(peer)
-    our_times: list[float] = []
-    peer_times: list[float] = []
-    limits: list[float] = []
+    samples: list[_Pair] = []
+    quiet: list[_Pair] = []
     watch = BusyWatch()
-    for pair in range(pairs):
+    deadline = time.perf_counter() + patience
+    while len(samples) < pairs or (len(quiet) < pairs and time.perf_counter() < deadline):
         # Whoever goes second finds the caches as the other left them, so the order alternates.
-        for side in ("ours", "peer") if pair % 2 == 0 else ("peer", "ours"):
-            if side == "peer":
-                peer_times.append(_seconds_per_call(peer, calls[1]))
-                continue
-            before = limit() if limit else None
-            our_times.append(_seconds_per_call(ours, calls[0]))
-            if limit and before is not None:
-                limits.append((before + limit()) / 2)
-    return Comparison(tuple(our_times), tuple(peer_times), watch.others(), tuple(limits))
+        peer_time = _seconds_per_call(peer, calls[1]) if len(samples) % 2 else None
+        before = limit() if limit else 1.0
+        our_time = _seconds_per_call(ours, calls[0])
+        after = limit() if limit else 1.0
+        if peer_time is None:
+            peer_time = _seconds_per_call(peer, calls[1])
+        samples.append(_Pair(our_time, peer_time, min(before, after), (before + after) / 2))
+        best = max(pair.lowest_limit for pair in samples)
+        quiet = [pair for pair in samples if pair.lowest_limit >= QUIET_SHARE * best]
+    enough = len(quiet) >= min(pairs, 5)
+    kept = quiet if enough else samples
+    return Comparison(
+        tuple(pair.ours for pair in kept),
+        tuple(pair.peer for pair in kept),
+        watch.others(),
+        tuple(pair.limit for pair in kept) if limit else (),
+        len(samples) - len(quiet) if enough else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Seconds of both sides, and the limit around our side: the lower value and the mean."""
+
+    ours: float
+    peer: float
+    lowest_limit: float
+    limit: float
 
 
 def check_close(ours: Any, peer: Any, tolerance: float = 1e-4) -> None:

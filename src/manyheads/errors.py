@@ -29,7 +29,7 @@ class DeviceError(ArgumentError):
 
 
 class BackendError(ManyHeadsError, RuntimeError):
-    """No backend, or not the one asked for by name, can do what was asked; the reasons are listed."""
+    """No backend, or not the one asked for by name, can run the call; the reasons are listed."""
 
 
 class StrictError(BackendError):
