@@ -2,6 +2,10 @@
 //
 // Python (functional.py) has already refused bad arguments with good messages. What is checked here
 // again is what keeps memory safe: ranks, sizes, dtypes, strides.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -191,6 +195,19 @@ Tensor empty_float(int64_t rank, const int64_t* sizes, const int64_t* strides) {
   return Tensor(handle);
 }
 
+// Fresh memory of this size comes from the system one small page at a time, at a fault each; asking
+// for large pages saves most of them. Below, the C library keeps freed memory and gives it again.
+void prefer_large_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr int64_t kFresh = int64_t(32) << 20;  // the C library's largest mmap threshold
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kFresh) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+}
+
 // [B, Hq, Lq, Dv] in the query's layout: where a position's heads lie side by side in the query
 // (a transposed [B, L, H, D]) they do in the output, so that merging them for the output
 // projection copies nothing. _ops.py's fake says the same.
@@ -204,6 +221,7 @@ Tensor make_out(Forward& f) {
   Tensor out = empty_float(4, sizes, strides);
   std::copy_n(strides, 3, f.out_stride);
   f.out = static_cast<float*>(out.mutable_data_ptr());
+  prefer_large_pages(f.out, f.B * f.Hq * f.Lq * f.Dv * int64_t(sizeof(float)));
   return out;
 }
 
