@@ -229,7 +229,8 @@ inline KeyValue load_block(const Forward& call, const Workspace& work, int64_t b
       call.value + b * call.value_stride[0] + hkv * call.value_stride[1] +
           key * call.value_stride[2],
       call.key_stride[2], call.value_stride[2]};
-  const int64_t begin = maximum(keys.begin - key, 0), end = minimum(keys.end - key, kBlock);
+  const int64_t begin = maximum(keys.begin - key, 0) / kRowStep * kRowStep;
+  const int64_t end = minimum(keys.end - key + kRowStep - 1, minimum(kBlock, call.Lk - key));
   if (kv.key_stride != call.D) {
     pack_rows(kv.key, kv.key_stride, begin, end, call.D, work.key);
     kv.key = work.key;
@@ -444,9 +445,12 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   if (likely_next < 0) return;
   const Item next = find_item(call, likely_next);
   want_query_rows(soon, call, call.query, call.query_stride, next, call.D);
-  if (next.hkv != item.hkv || next.b != item.b)
-    want_rows(soon, call.key, call.key_stride, next.b, next.hkv, 0, minimum(kBlock, call.Lk),
-              call.D);
+  // Items of a head come last rows first: a window's keys then start that much earlier.
+  const int64_t rows = (next.end - next.first) / (call.Hq / call.Hkv);
+  const bool same_head = next.hkv == item.hkv && next.b == item.b;
+  const int64_t next_key = same_head ? maximum(keys.begin - rows, 0) : 0;
+  want_rows(soon, call.key, call.key_stride, next.b, next.hkv, next_key,
+            minimum(next_key + kBlock, call.Lk), call.D);
 }
 
 // `likely_next` is a guess at the item this thread will be given next; its queries are fetched

@@ -94,8 +94,11 @@ inline void trim_block(const Tile& tile, Block& block) {
       if (!covered) core_end = core_begin;
     }
   }
-  block.begin = hull_begin - block.key;
-  block.end = hull_end - block.key;
+  // Whole steps of rows: a register tile of one or two rows takes as long as one of four.
+  const int64_t rows = block.end;
+  block.begin = (hull_begin - block.key) / kRowStep * kRowStep;
+  block.end = minimum((hull_end - block.key + kRowStep - 1) / kRowStep * kRowStep, rows);
+  if (hull_begin >= hull_end) block.end = block.begin;
   block.core_begin = minimum(maximum(core_begin - block.key, block.begin), block.end);
   block.core_end = maximum(minimum(core_end - block.key, block.end), block.core_begin);
 }

@@ -17,6 +17,8 @@ constexpr int kMaxVectors = 3;
 constexpr int kMaxLanes = kMaxVectors * Vec::kLanes;
 // Keys are worked through in blocks cut at absolute multiples of this.
 constexpr int kBlock = 128;
+// And trimmed, where no lane attends, in steps of this.
+constexpr int kRowStep = 4;
 // Past this many keys, sums over blocks are kept in two levels: one chain of additions over all
 // blocks would leave the numerics rule behind.
 constexpr int64_t kSpan = 16384;
