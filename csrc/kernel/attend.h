@@ -1,0 +1,223 @@
+// One tile of queries against one block of keys: Sᵀ = K Qᵀ, the online softmax (Milakov and
+// Gimelshein 2018; Dao et al. 2022, "FlashAttention"), Oᵀ = Oᵀ · correction + Vᵀ Pᵀ.
+//
+// Rules that keep it accurate and bitwise reproducible:
+//  1. A block's O and row sum start from zero and are then added to the running ones; above kSpan
+//     keys in two levels. One chain over all keys would be several times outside the numerics rule.
+//  2. Blocks are cut at absolute multiples of kBlock, and only keys masked for every lane are left
+//     out.
+//  3. exp2(0) is exactly 1, and a masked weight is exactly 0, so such keys change nothing.
+//  4. A maximum of -inf is guarded, so that no correction is inf or NaN.
+//  5. One order over D and over keys, whatever the register tile.
+//  6. No contraction by the compiler: FMAs are written out.
+//  7. What is summed in which order depends on a call's own sizes, never on batch, heads, threads
+//     or the other queries of a tile.
+#pragma once
+
+#include "scores.h"
+
+namespace {
+
+// max * unit, or 0 where there is no key yet, so that differences stay finite.
+inline Vec scaled(Vec max, Vec unit) {
+  return select(equal(max, set(-kInfinity)), zero(), max * unit);
+}
+inline Vec correction(Vec old_max, Vec new_max, Vec unit) {
+  const Vec factor = exp2(scaled(old_max, unit) - scaled(new_max, unit));
+  return select(equal(old_max, set(-kInfinity)), zero(), factor);
+}
+
+// Whether scores become logits in natural units before the softmax (sinks are given in those).
+inline bool transforms(const Forward& call) {
+  return call.softcap != 0 || call.sinks || has_bias(call.bias);
+}
+// From scores to log2 units: the scale is still to come unless transform_scores has applied it.
+inline float score_unit(const Forward& call) {
+  const float scale = call.scale < 0 ? -call.scale : call.scale;
+  return transforms(call) ? kLog2e : scale * kLog2e;
+}
+
+template <int N, bool kAdd>
+struct StoreScores {
+  float* scores;
+  float* running_max;  // [lanes], or null
+  template <int R>
+  void operator()(int64_t row, Vec (&c)[R][N]) const {
+    constexpr int W = Vec::kLanes;
+    float* first = scores + row * (N * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) {
+        float* p = first + (r * N + n) * W;
+        if (kAdd) c[r][n] = load(p) + c[r][n];
+        store(p, c[r][n]);
+      }
+    }
+    if (!running_max) return;
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      Vec largest = load(running_max + n * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) largest = max(largest, c[r][n]);
+      store(running_max + n * W, largest);
+    }
+  }
+};
+
+template <int N>
+struct AddToOut {
+  float* out;
+  const float* factor;  // [lanes]
+  template <int R>
+  void operator()(int64_t row, Vec (&c)[R][N]) const {
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      const Vec f = load(factor + n * Vec::kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        float* p = out + (row + r) * (N * Vec::kLanes) + n * Vec::kLanes;
+        store(p, fma(load(p), f, c[r][n]));
+      }
+    }
+  }
+};
+
+// True if a row of V that some lane may not attend to holds inf or NaN: 0 * inf must not leak
+// there.
+inline bool masked_rows_not_finite(const Block& block, const float* value, int64_t stride,
+                                   int64_t Dv) {
+  constexpr int W = Vec::kLanes;
+  Vec seen = zero();  // v * 0 is NaN where v is not finite
+  for (int64_t row = block.begin; row < block.end; ++row) {
+    if (row == block.core_begin && block.core_end > row) row = block.core_end;
+    if (row == block.end) break;
+    const float* p = value + row * stride;
+    Vec in_row = zero();
+    int64_t d = 0;
+    for (; d + W <= Dv; d += W) in_row = fma(load(p + d), zero(), in_row);
+    if (d < Dv) in_row = fma(load_some(p + d, Dv - d), zero(), in_row);
+    seen = seen + in_row;
+  }
+  return any(is_nan(seen));
+}
+
+// Vᵀ Pᵀ where weights marked as masked (-0) take no part, in multiply_rows' order. Rare and slow.
+template <int N>
+[[gnu::noinline]] void multiply_guarded(const float* value, int64_t stride, const float* weights,
+                                        int64_t T, int64_t Dv, AddToOut<N> use) {
+  for (int64_t d = 0; d < Dv; ++d) {
+    Vec c[1][N];
+    for (int n = 0; n < N; ++n) c[0][n] = zero();
+    for (int64_t t = 0; t < T; ++t) {
+      for (int n = 0; n < N; ++n) {
+        const Vec w = load(weights + (t * N + n) * Vec::kLanes);
+        const Lanes masked = both(has_sign(w), equal(w, zero()));
+        c[0][n] = select(masked, c[0][n], fma(set(value[t * stride + d]), w, c[0][n]));
+      }
+    }
+    use(d, c);
+  }
+}
+
+// K and V of one block, as they lie in memory or packed.
+struct KeyValue {
+  const float *key, *value;  // row 0 of the block
+  int64_t key_stride, value_stride;
+};
+
+// Sᵀ = K Qᵀ for the block's rows. D is summed in pieces: a chain over a long head is less exact
+// than the matrix product it is measured against, and with few queries (then a dot product with
+// many partial sums) even more so.
+template <int N>
+inline void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
+                           const KeyValue& kv, const Block& block, float* running_max) {
+  const int64_t piece = call.Lq * (call.Hq / call.Hkv) <= 16 ? 32 : 128;
+  const auto max_after = [&](int64_t d) { return d < call.D ? nullptr : running_max; };
+  multiply_rows<N, false>(kv.key, kv.key_stride, tile.query, minimum(piece, call.D), block.begin,
+                          block.end, *work.soon,
+                          StoreScores<N, false>{work.scores, max_after(piece)});
+  for (int64_t d = piece; d < call.D; d += piece)
+    multiply_rows<N, false>(kv.key + d, kv.key_stride, tile.query + d * N * Vec::kLanes,
+                            minimum(piece, call.D - d), block.begin, block.end, *work.soon,
+                            StoreScores<N, true>{work.scores, max_after(d + piece)});
+}
+
+template <int N>
+void attend_block(const Forward& call, Tile& tile, const Workspace& work, const KeyValue& kv,
+                  int64_t key_of_block) {
+  constexpr int W = Vec::kLanes, L = N * W;
+  Block block{key_of_block, 0, minimum(kBlock, call.Lk - key_of_block), 0, 0};
+  trim_block(tile, block);
+  if (block.begin >= block.end) return;
+  if (work.allowed) {
+    read_allowed(tile, block, work.allowed);
+    if (block.begin >= block.end) return;
+  }
+  Vec old_max[N], new_max[N], shift[N], sum[N];
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) old_max[n] = load(tile.inner.max + n * W);
+  // Where the scores are final as they come, their maximum is taken while they are in registers.
+  const bool final =
+      !transforms(call) && block.core_begin == block.begin && block.core_end == block.end;
+  compute_scores<N>(call, tile, work, kv, block, final ? tile.inner.max : nullptr);
+  if (transforms(call)) {
+    if (call.bias.dense) read_bias(call, tile, block, work.bias);
+    transform_scores<N>(call, tile, block, work);
+    // A dense bias may hold -inf, which masks as well.
+    if (call.bias.dense) block.core_begin = block.core_end = block.begin;
+  }
+
+  const Vec unit = set(score_unit(call));
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) new_max[n] = load(tile.inner.max + n * W);
+  if (!final) {
+    mask_scores<N>(tile, block, work, block.begin, block.core_begin, new_max);
+    take_max<N>(work, block.core_begin, block.core_end, new_max);
+    mask_scores<N>(tile, block, work, block.core_end, block.end, new_max);
+  }
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) {
+    shift[n] = scaled(new_max[n], unit);
+    sum[n] = zero();
+  }
+  weigh_scores<N, true>(work, block.begin, block.core_begin, score_unit(call), shift, sum);
+  weigh_scores<N, false>(work, block.core_begin, block.core_end, score_unit(call), shift, sum);
+  weigh_scores<N, true>(work, block.core_end, block.end, score_unit(call), shift, sum);
+
+  alignas(64) float factor[L];
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) {
+    const Vec f = correction(old_max[n], new_max[n], unit);
+    store(factor + n * W, f);
+    store(tile.inner.max + n * W, new_max[n]);
+    store(tile.inner.sum + n * W, fma(load(tile.inner.sum + n * W), f, sum[n]));
+  }
+  const AddToOut<N> add{tile.inner.out, factor};
+  const float* rows = kv.value + block.begin * kv.value_stride;
+  const float* weights = work.scores + block.begin * L;
+  const int64_t T = block.end - block.begin;
+  if (masked_rows_not_finite(block, kv.value, kv.value_stride, call.Dv))
+    multiply_guarded<N>(rows, kv.value_stride, weights, T, call.Dv, add);
+  else
+    multiply_rows<N, true>(rows, kv.value_stride, weights, T, 0, call.Dv, *work.soon, add);
+}
+
+// Folds `from` into `into` and clears it. Both relative to their own maxima.
+inline void merge(const Forward& call, int64_t lanes, Partial& from, Partial& into) {
+  const Vec unit = set(score_unit(call));
+  for (int64_t i = 0; i < lanes; i += Vec::kLanes) {
+    const Vec from_max = load(from.max + i), into_max = load(into.max + i);
+    const Vec both_max = max(from_max, into_max);
+    const Vec a = correction(into_max, both_max, unit), b = correction(from_max, both_max, unit);
+    store(into.max + i, both_max);
+    store(into.sum + i, fma(load(from.sum + i), b, load(into.sum + i) * a));
+    for (int64_t d = 0; d < call.Dv; ++d) {
+      float* p = into.out + d * lanes + i;
+      store(p, fma(load(from.out + d * lanes + i), b, load(p) * a));
+    }
+  }
+  clear(from, lanes, call.Dv);
+}
+
+}  // namespace

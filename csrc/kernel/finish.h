@@ -1,0 +1,78 @@
+// From a tile's running result to rows of the output: sinks, log-sum-exp, normalisation.
+#pragma once
+
+#include "attend.h"
+
+namespace {
+
+// A sink is an extra logit that takes part in the softmax and carries no value. A lane that
+// attended to no key is left alone.
+inline void add_sinks(const Forward& call, const Tile& tile, Partial& total) {
+  constexpr int W = Vec::kLanes;
+  const int64_t lanes = tile.lanes();
+  const Vec unit = set(score_unit(call)), minus_infinity = set(-kInfinity);
+  alignas(64) float sinks[kMaxLanes];
+  for (int64_t i = 0; i < lanes; ++i) sinks[i] = call.sinks[tile.head[i]];
+  for (int64_t i = 0; i < lanes; i += W) {
+    const Vec old_max = load(total.max + i), sink = load(sinks + i);
+    const Vec new_max = select(equal(old_max, minus_infinity), old_max, max(old_max, sink));
+    const Vec factor = correction(old_max, new_max, unit);
+    const Vec extra =
+        select(equal(old_max, minus_infinity), zero(), correction(sink, new_max, unit));
+    store(total.max + i, new_max);
+    store(total.sum + i, fma(load(total.sum + i), factor, extra));
+    for (int64_t d = 0; d < call.Dv; ++d)
+      store(total.out + d * lanes + i, load(total.out + d * lanes + i) * factor);
+  }
+}
+
+// log-sum-exp per lane, in natural units.
+inline void store_lse(const Forward& call, const Tile& tile, const Partial& total) {
+  const float unit = score_unit(call);
+  for (int lane = 0; lane < tile.count; ++lane) {
+    const float max = total.max[lane], sum = total.sum[lane];
+    const double shift = max == -kInfinity ? 0.0f : max * unit;
+    call.lse[(tile.b * call.Hq + tile.head[lane]) * call.Lq + tile.row[lane]] =
+        sum == 0 ? -kInfinity : float(shift * kLn2 + __builtin_log(double(sum)));
+  }
+}
+
+// a / b given 1 / b: one Newton step makes it as exact as a division, at a fraction of the time.
+inline Vec divide(Vec a, Vec b, Vec inverse) {
+  const Vec quotient = a * inverse;
+  const Vec rest = fma(zero() - quotient, b, a);  // NaN where the quotient is not finite
+  return select(is_nan(rest), quotient, fma(rest, inverse, quotient));
+}
+
+// Normalises the result and writes it as rows of `out`; a lane that attended to nothing gives
+// zeros.
+inline void finish_tile(const Forward& call, Tile& tile) {
+  constexpr int W = Vec::kLanes;
+  const int64_t lanes = tile.lanes();
+  Partial& total = total_of(call, tile);
+  if (call.sinks) add_sinks(call, tile, total);
+  if (call.lse) store_lse(call, tile, total);
+  for (int64_t v = 0; v < lanes; v += W) {
+    const Vec sum = load(total.sum + v);
+    const Vec inverse = select(equal(sum, zero()), zero(), set(1.0f) / sum);
+    float* rows_out[W];
+    const int64_t real = minimum(W, tile.count - v);
+    for (int i = 0; i < real; ++i) rows_out[i] = at_lane(call.out, call.out_stride, tile, v + i);
+    for (int64_t d = 0; d < call.Dv; d += W) {
+      const int64_t columns = minimum(W, call.Dv - d);
+      Vec rows[W];
+      for (int64_t i = 0; i < W; ++i)
+        rows[i] =
+            i < columns ? divide(load(total.out + (d + i) * lanes + v), sum, inverse) : zero();
+      transpose(rows);
+      for (int64_t i = 0; i < real; ++i) {
+        if (columns == W)
+          store(rows_out[i] + d, rows[i]);
+        else
+          store_some(rows_out[i] + d, rows[i], columns);
+      }
+    }
+  }
+}
+
+}  // namespace
