@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -368,3 +369,17 @@ def test_why_not(changes: dict[str, Any], words: str) -> None:
 def test_the_library_is_loaded() -> None:
     assert _ops.LIBRARY_ERROR is None
     assert _ops.cpu_kernels().error is None
+
+
+def test_a_tiny_weight_counts_beside_a_huge_value() -> None:
+    """docs/decisions/0004-smallest-weight.md: a key 72 below the others, worth 10^30 times as much."""
+    logits = torch.tensor([0.0] * 6 + [-72.0])
+    value = torch.tensor([1.0] * 6 + [1e30])
+    query = torch.ones(1, 1, 1, 1)
+    key = logits[None, None, :, None]
+    call = make_call(query=query, key=key, value=value[None, None, :, None])
+    out, _ = native.run(replace(call, scale=1.0))
+    weights = logits.double().softmax(0)
+    exact = float(weights @ value.double())
+    assert exact > 1.008  # the far key is a hundredth of the result
+    assert out.item() == pytest.approx(exact, rel=2e-6)
