@@ -372,7 +372,7 @@ def test_the_library_is_loaded() -> None:
 
 
 def test_a_tiny_weight_counts_beside_a_huge_value() -> None:
-    """docs/decisions/0004-smallest-weight.md: a key 72 below the others, worth 10^30 times as much."""
+    """docs/decisions/0004-smallest-weight.md: a key 72 below, worth 10^30 times as much."""
     logits = torch.tensor([0.0] * 6 + [-72.0])
     value = torch.tensor([1.0] * 6 + [1e30])
     query = torch.ones(1, 1, 1, 1)
