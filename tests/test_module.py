@@ -625,7 +625,8 @@ ERRORS = {
         "num_heads=6 is not divisible by num_kv_heads=4; expected",
     ),
     "no heads": (
-        lambda: MultiHeadAttention(E, 0), mh.ArgumentError, "num_heads is 0; expected at least 1",
+        lambda: MultiHeadAttention(E, 0), mh.ArgumentError,
+        "num_heads is 0; expected at least 1: give",
     ),
     "no key/value heads": (
         lambda: MultiHeadAttention(E, 4, num_kv_heads=0), mh.ArgumentError, "num_kv_heads is 0",
@@ -647,7 +648,58 @@ ERRORS = {
     ),
     "dropout": (
         lambda: MultiHeadAttention(E, 4, dropout=1.5), mh.ArgumentError,
-        r"dropout is 1\.5; expected 0 <= dropout < 1",
+        r"dropout is out of range: got 1\.5; expected a number in \[0, 1\); leave dropout out",
+    ),
+    "dropout of a wrong type": (
+        lambda: MultiHeadAttention(E, 4, dropout="a"), mh.ArgumentTypeError,
+        r"dropout .*got str; expected a number in \[0, 1\); convert",
+    ),
+    "scale": (
+        lambda: MultiHeadAttention(E, 4, scale="x"), mh.ArgumentTypeError,
+        "scale .*got str; expected a finite number; convert",
+    ),
+    "module mask of a wrong type": (
+        lambda: MultiHeadAttention(E, 4, mask="causal"), mh.ArgumentTypeError,
+        r"mask must be None, .*got str.*mh\.Causal\(\)",
+    ),
+    "module mask that is a list": (
+        lambda: MultiHeadAttention(E, 4, mask=[1]), mh.ArgumentTypeError, "mask must .*got list",
+    ),
+    "module bias that is a list": (
+        lambda: MultiHeadAttention(E, 4, attn_bias=[1]), mh.ArgumentTypeError,
+        "attn_bias is a list; expected Alibi, .*: torch.as_tensor",
+    ),
+    "mask of a wrong type beside the module's": (
+        lambda: MultiHeadAttention(E, 4, mask=mh.Causal())(X, mask=[1]), mh.ArgumentTypeError,
+        "mask must .*got list",
+    ),
+    "bias of a wrong type beside the module's": (
+        lambda: MultiHeadAttention(E, 4, attn_bias=mh.Alibi())(X, attn_bias=[1]),
+        mh.ArgumentTypeError, "attn_bias is a list",
+    ),
+    "cache": (
+        lambda: MultiHeadAttention(E, 4)(X, cache=3), mh.ArgumentTypeError,
+        r"cache is a int; expected a KVCache or None: make one .*KVCache\(\)",
+    ),
+    "a list as query": (
+        lambda: MultiHeadAttention(E, 4)([1.0]), mh.ArgumentTypeError,
+        "query is not a tensor: got list; expected torch.Tensor; torch.as_tensor",
+    ),
+    "a list as value": (
+        lambda: MultiHeadAttention(E, 4)(X, MEMORY, [1.0]), mh.ArgumentTypeError,
+        "value is not a tensor: got list",
+    ),
+    "query elsewhere": (
+        lambda: MultiHeadAttention(E, 4)(X.to("meta")), mh.DeviceError,
+        r"query is elsewhere: got meta; expected this module's cpu; move .*\.to\('cpu'\)",
+    ),
+    "module elsewhere": (
+        lambda: MultiHeadAttention(E, 4, device="meta")(X), mh.DeviceError,
+        "got cpu; expected this module's meta",
+    ),
+    "key elsewhere": (
+        lambda: MultiHeadAttention(E, 4)(X, MEMORY.to("meta")), mh.DeviceError,
+        "key is elsewhere: got meta",
     ),
     "mask of a wrong type": (
         lambda: MultiHeadAttention(E, 4)(X, mask="causal"), mh.ArgumentTypeError, "got str",
@@ -686,11 +738,19 @@ ERRORS = {
     ),
     "dtype": (
         lambda: MultiHeadAttention(E, 4)(X.double()), mh.ArgumentTypeError,
-        "query has dtype torch.float64; expected this module's torch.float32",
+        "query has another dtype: got torch.float64; expected this module's torch.float32; convert",
+    ),
+    "dtype of the value": (
+        lambda: MultiHeadAttention(E, 4)(X, MEMORY, MEMORY.bfloat16()), mh.ArgumentTypeError,
+        "value has another dtype: got torch.bfloat16; expected this module's torch.float32",
+    ),
+    "query_start of a wrong type": (
+        lambda: MultiHeadAttention(E, 4)(X, query_start="x"), mh.ArgumentTypeError,
+        "query_start is of the wrong type: got str",
     ),
     "query_start of another batch": (
         lambda: MultiHeadAttention(E, 4, positions=mh.Rotary(6))(X, query_start=torch.arange(2)),
-        mh.ShapeError, r"\[2, 7\]",
+        mh.ShapeError, r"query_start .*got \[2\]; expected \[3\]",
     ),
 }  # fmt: skip
 

@@ -255,7 +255,7 @@ ERRORS = {
         lambda: Alibi([0.5]), ArgumentTypeError, "got list; expected a float torch.Tensor",
     ),
     "slopes of other heads": (
-        lambda: added(Alibi(torch.ones(7))), ShapeError, "7 slopes; expected one .* 3",
+        lambda: added(Alibi(torch.ones(7))), ShapeError, "7 slopes; expected one .* 3: give",
     ),
     "no heads": (lambda: Alibi.paper_slopes(0), ArgumentError, "expected at least 1 head"),
     "odd buckets": (

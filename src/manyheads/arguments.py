@@ -1,4 +1,4 @@
-"""What `attention` accepts: every check of its tensors and numbers, with what to do instead.
+"""What `attention` and the module accept: checks of tensors and numbers, with what to do instead.
 
 Each message says what was wrong, what was got, what was expected, and how to mend it. Masks and
 biases check themselves against the call's sizes when they are lowered.
@@ -6,7 +6,7 @@ biases check themselves against the call's sizes when they are lowered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -24,10 +24,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless the three are floating tensors of one dtype and device whose sizes fit."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
-            raise ArgumentTypeError(
-                f"{name} is not a tensor: got {type(tensor).__name__}; expected torch.Tensor; "
-                "torch.as_tensor converts arrays and lists"
-            )
+            raise_no_tensor(name, tensor)
     q, k, v = query.shape, key.shape, value.shape
     rank = len(q)
     if rank not in (3, 4) or len(k) != rank or len(v) != rank:
@@ -145,6 +142,58 @@ def number(name: str, value: Any, expected: str, holds: Callable[[float], bool])
             "default"
         )
     return result
+
+
+def check_sizes(sizes: Mapping[str, int | None]) -> None:
+    """Raise unless every size that is given is an int of at least 1."""
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ArgumentTypeError(
+                f"{name} is {size!r}; expected an int of at least 1: convert it with int(...)."
+            )
+        if size < 1:
+            raise ArgumentError(
+                f"{name} is {size}; expected at least 1: give a positive size"
+                f"{'' if name in ('embed_dim', 'num_heads') else ', or None for its default'}."
+            )
+
+
+def check_input(name: str, tensor: Tensor, size: int, query: Tensor) -> None:
+    """Raise unless `tensor` is [B, L, size] or [L, size], with as many axes as the query."""
+    if not isinstance(tensor, Tensor):
+        raise_no_tensor(name, tensor)
+    if tensor.dim() not in (2, 3) or tensor.dim() != query.dim() or tensor.shape[-1] != size:
+        raise ShapeError(
+            f"{name} has shape {list(tensor.shape)}; expected [B, L, {size}], or [L, {size}] for "
+            f"query, key and value alike ({name} size {size} as this module was made; a key or "
+            f"value left out is the query or the key): reshape it, or make the module for its size"
+        )
+
+
+def check_against_weight(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Raise unless a projection with this weight can take `tensor`."""
+    if tensor.device != weight.device:
+        raise DeviceError(
+            f"{name} is elsewhere: got {tensor.device}; expected this module's {weight.device}; "
+            f"move the input with .to({str(weight.device)!r}) or the module with "
+            f".to({str(tensor.device)!r})"
+        )
+    if tensor.dtype is not weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise ArgumentTypeError(
+            f"{name} has another dtype: got {tensor.dtype}; expected this module's "
+            f"{weight.dtype}; convert the input with .to({weight.dtype}) or the module with "
+            f".to({tensor.dtype})"
+        )
+
+
+def raise_no_tensor(name: str, value: Any) -> NoReturn:
+    """Something else was given as query, key or value."""
+    raise ArgumentTypeError(
+        f"{name} is not a tensor: got {type(value).__name__}; expected torch.Tensor; "
+        "torch.as_tensor converts arrays and lists"
+    )
 
 
 def raise_not_bool(mask: Tensor) -> NoReturn:

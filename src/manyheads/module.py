@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -9,11 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from manyheads import masks, weights
+from manyheads.arguments import (
+    check_against_weight,
+    check_input,
+    check_query_start,
+    check_sizes,
+    number,
+)
 from manyheads.caches import KVCache
-from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
+from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.functional import attention
 from manyheads.masks import Mask
-from manyheads.positions import DenseBias, ScoreBias
+from manyheads.positions import ScoreBias, as_bias
 from manyheads.rotary import Rotary
 from manyheads.spec import Geometry, PerBatch
 
@@ -61,7 +69,8 @@ class MultiHeadAttention(nn.Module):
     (docs/decisions/separate-projections.md).
 
     Raises:
-        ArgumentError: sizes that do not divide, or an unknown `qk_norm`.
+        ArgumentError, ArgumentTypeError: sizes that do not divide, an unknown `qk_norm`, or
+            another option that cannot mean anything.
 
     >>> attend = MultiHeadAttention(embed_dim=16, num_heads=4, num_kv_heads=2, key_dim=6)
     >>> memory = torch.zeros(3, 7, 6)
@@ -90,7 +99,7 @@ class MultiHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(
+        check_sizes(
             {
                 "embed_dim": embed_dim,
                 "num_heads": num_heads,
@@ -105,7 +114,7 @@ class MultiHeadAttention(nn.Module):
         if num_heads % num_kv_heads:
             raise ArgumentError(
                 f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}; expected "
-                f"a multiple: every key/value head serves as many query heads as the others."
+                f"a multiple, every key/value head serves as many query heads: change one of them."
             )
         if head_dim is None and embed_dim % num_heads:
             raise ArgumentError(
@@ -113,7 +122,7 @@ class MultiHeadAttention(nn.Module):
                 f"multiple: change one of them, or give head_dim."
             )
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        _check_options(positions, head_dim, dropout)
+        _check_positions(positions, head_dim)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -122,10 +131,12 @@ class MultiHeadAttention(nn.Module):
         self.value_dim = embed_dim if value_dim is None else value_dim
         self.out_dim = embed_dim if out_dim is None else out_dim
         self.positions = positions
-        self.mask = mask
-        self.attn_bias = DenseBias(attn_bias) if isinstance(attn_bias, Tensor) else attn_bias
-        self.dropout = dropout
-        self.scale = scale
+        self.mask = None if mask is None else masks.as_mask(mask)
+        self.attn_bias = None if attn_bias is None else as_bias(attn_bias)
+        self.dropout = number("dropout", dropout, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
+        self.scale = (
+            None if scale is None else number("scale", scale, "a finite number", math.isfinite)
+        )
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -196,7 +207,12 @@ class MultiHeadAttention(nn.Module):
         k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm)
         v = self._heads(self.v_proj(value), self.num_kv_heads)
 
-        past = 0 if cache is None else cache.length
+        past = 0
+        if cache is not None:
+            _check_cache(cache)
+            past = cache.length
+        if query_start is not None:
+            query_start = check_query_start(query_start, q.shape[0], q.device)
         mask = _both(self.mask, mask)
         geometry = Geometry(
             q.shape[0], self.num_heads, q.shape[2], past + k.shape[2], q.device, query_start
@@ -224,7 +240,7 @@ class MultiHeadAttention(nn.Module):
     def _complete(
         self, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Key and value, filled in where left out; all three inputs' ranks and sizes checked."""
+        """Key and value, filled in where left out; all three inputs checked."""
         if key is None:
             if value is not None:
                 raise ArgumentError(
@@ -234,34 +250,17 @@ class MultiHeadAttention(nn.Module):
             key = value = query
         elif value is None:
             value = key
-        dims = {"query": self.embed_dim, "key": self.key_dim, "value": self.value_dim}
-        for (name, size), tensor in zip(dims.items(), (query, key, value), strict=True):
-            if (
-                tensor.dim() not in (2, 3)
-                or tensor.dim() != query.dim()
-                or tensor.shape[-1] != size
-            ):
-                raise ShapeError(
-                    f"{name} has shape {list(tensor.shape)}; expected [B, L, {size}], or "
-                    f"[L, {size}] for query, key and value alike ({name} size {size} as this "
-                    f"module was made; a key or value left out is the query or the key)."
-                )
-        self._check_dtype(query)
+        inputs = (("query", query, self.embed_dim, self.q_proj),
+                  ("key", key, self.key_dim, self.k_proj),
+                  ("value", value, self.value_dim, self.v_proj))  # fmt: skip
+        for name, tensor, size, projection in inputs:
+            check_input(name, tensor, size, query)
+            # A replaced projection (quantised, adapted, offloaded) has its own rules.
+            weight = projection.weight
+            own_rules = "forward" in projection.__dict__ or not isinstance(weight, Tensor)
+            if not own_rules and weight.is_floating_point():
+                check_against_weight(name, tensor, weight)
         return key, value
-
-    def _check_dtype(self, query: Tensor) -> None:
-        weight = self.q_proj.weight
-        # A replaced projection (quantised, adapted) has its own rules.
-        known = isinstance(weight, Tensor) and weight.is_floating_point()
-        if (
-            known
-            and weight.dtype != query.dtype
-            and not torch.is_autocast_enabled(query.device.type)
-        ):
-            raise ArgumentTypeError(
-                f"query has dtype {query.dtype}; expected this module's {weight.dtype}: convert "
-                f"the input with .to({weight.dtype}) or the module with .to({query.dtype})."
-            )
 
     def _heads(self, projected: Tensor, heads: int, norm: nn.Module | None = None) -> Tensor:
         """[B, L, heads * D] seen as [B, heads, L, D]; nothing is copied."""
@@ -351,17 +350,7 @@ class MultiHeadAttention(nn.Module):
         return ", ".join(parts)
 
 
-def _check_sizes(sizes: Mapping[str, int | None]) -> None:
-    for name, size in sizes.items():
-        if size is None:
-            continue
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ArgumentTypeError(f"{name} is {size!r}; expected an int of at least 1.")
-        if size < 1:
-            raise ArgumentError(f"{name} is {size}; expected at least 1.")
-
-
-def _check_options(positions: Rotary | None, head_dim: int, dropout: float) -> None:
+def _check_positions(positions: Rotary | None, head_dim: int) -> None:
     if positions is not None and not isinstance(positions, Rotary):
         raise ArgumentTypeError(
             f"positions is a {type(positions).__name__}; expected a Rotary or None: score biases "
@@ -372,8 +361,14 @@ def _check_options(positions: Rotary | None, head_dim: int, dropout: float) -> N
             f"positions turns {positions.dim} channels; expected at most head_dim={head_dim}: "
             f"Rotary({head_dim}) turns all."
         )
-    if not 0.0 <= dropout < 1.0:
-        raise ArgumentError(f"dropout is {dropout}; expected 0 <= dropout < 1.")
+
+
+def _check_cache(cache: KVCache) -> None:
+    if not isinstance(cache, KVCache):
+        raise ArgumentTypeError(
+            f"cache is a {type(cache).__name__}; expected a KVCache or None: make one for each "
+            f"layer and text with KVCache()."
+        )
 
 
 def _make_norm(
@@ -420,16 +415,16 @@ def _place(
     return geometry.query_start, start
 
 
-def _both(own: Mask | Tensor | None, given: Mask | Tensor | None) -> Mask | None:
+def _both(own: Mask | None, given: Mask | Tensor | None) -> Mask | None:
     """The keys allowed by the module's mask and the call's."""
-    own, given = (masks.Dense(m) if isinstance(m, Tensor) else m for m in (own, given))
-    if own is None or given is None:
-        return given if own is None else own
-    return own & given
+    if given is None:
+        return own
+    given = masks.as_mask(given)
+    return given if own is None else own & given
 
 
 def _sum(own: ScoreBias | None, given: ScoreBias | Tensor | None) -> ScoreBias | Tensor | None:
     """The module's bias plus the call's."""
     if own is None or given is None:
         return given if own is None else own
-    return own + (DenseBias(given) if isinstance(given, Tensor) else given)
+    return own + as_bias(given)

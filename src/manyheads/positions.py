@@ -87,7 +87,9 @@ class Alibi(ScoreBias):
     def paper_slopes(num_heads: int) -> list[float]:
         """The slopes of the paper for any number of heads."""
         if num_heads < 1:
-            raise ArgumentError(f"ALiBi slopes for {num_heads} heads: expected at least 1 head.")
+            raise ArgumentError(
+                f"ALiBi slopes for {num_heads} heads: expected at least 1 head: give the query's."
+            )
         power = 2 ** (num_heads.bit_length() - 1)
         slopes = [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
         between = [2.0 ** (-8 * (2 * h + 1) / (2 * power)) for h in range(power)]
@@ -103,7 +105,7 @@ class Alibi(ScoreBias):
         if len(self.slopes) != geometry.q_heads:
             raise ShapeError(
                 f"Alibi has {len(self.slopes)} slopes; expected one per query head, "
-                f"{geometry.q_heads}."
+                f"{geometry.q_heads}: give so many, or leave them out for the paper's."
             )
         return BiasPlan(slopes=self.slopes.to(wide))
 
@@ -151,7 +153,9 @@ class RelativeBias(ScoreBias):
         super().__init__()
         per_side = num_buckets // 2 if bidirectional else num_buckets
         if num_heads < 1:
-            raise ArgumentError(f"RelativeBias got num_heads={num_heads}; expected at least 1.")
+            raise ArgumentError(
+                f"RelativeBias got num_heads={num_heads}; expected at least 1: give the query's."
+            )
         if per_side < 2 or (bidirectional and num_buckets % 2):
             expected = "an even number of at least 4" if bidirectional else "at least 2"
             raise ArgumentError(f"RelativeBias got num_buckets={num_buckets}; expected {expected}.")
@@ -266,11 +270,18 @@ def lower_bias(
     if isinstance(attn_bias, Tensor):
         _check_dense(attn_bias)
         return _lower_dense(attn_bias, geometry, dtype)
+    return as_bias(attn_bias).lower(geometry, dtype)
+
+
+def as_bias(attn_bias: ScoreBias | Tensor) -> ScoreBias:
+    """The bias itself, or DenseBias of a float tensor; raises ArgumentTypeError for all else."""
     if isinstance(attn_bias, ScoreBias):
-        return attn_bias.lower(geometry, dtype)
+        return attn_bias
+    if isinstance(attn_bias, Tensor):
+        return DenseBias(attn_bias)
     raise ArgumentTypeError(
         f"attn_bias is a {type(attn_bias).__name__}; expected Alibi, RelativeBias, DenseBias, a "
-        f"sum of them, a float tensor, or None."
+        f"sum of them, a float tensor, or None: torch.as_tensor converts arrays and lists."
     )
 
 

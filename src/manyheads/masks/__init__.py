@@ -28,6 +28,7 @@ __all__ = [
     "Predicate",
     "QueryRows",
     "Window",
+    "as_mask",
     "lower",
 ]
 
@@ -50,8 +51,15 @@ def lower(mask: Mask | Tensor | None, geometry: Geometry) -> tuple[MaskPlan, Que
         return mask.lower(geometry)
     if mask is None:
         return _FULL, default_positions(geometry)
+    return as_mask(mask).lower(geometry)
+
+
+def as_mask(mask: Mask | Tensor) -> Mask:
+    """The mask itself, or Dense of a bool tensor; raises errors.ArgumentTypeError for all else."""
+    if isinstance(mask, Mask):
+        return mask
     if isinstance(mask, Tensor):
-        return Dense(mask).lower(geometry)
+        return Dense(mask)
     raise ArgumentTypeError(
         f"mask must be None, a mask of manyheads, or a bool tensor; got {type(mask).__name__}. "
         "For example mh.Causal(), or torch.ones(Lq, Lk, dtype=torch.bool).tril()."
