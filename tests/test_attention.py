@@ -98,6 +98,22 @@ def test_65536_keys(backend: str, equal: bool) -> None:
     check(built, backend)
 
 
+def test_native_524288_equal_keys() -> None:
+    """One chain of additions over all blocks of keys would be outside the rule, with this seed."""
+    case = Case("causal", heads=(1, 1), sizes=(32, 32), lengths=(3, 524288), batch=1)
+    built = build(case, seed=3)
+    problem = replace(built.problem, key=torch.ones_like(built.problem.key))
+    check(Built(problem, built.arguments), "native")
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("seed", range(6))
+def test_softcap_of_small_logits(backend: str, seed: int) -> None:
+    """Logits of a thousandth of the cap: a tanh written with exp alone would cancel."""
+    case = Case("none", heads=(1, 1), sizes=(32, 32), lengths=(61, 5), softcap=50.0, batch=1)
+    check(build(case, seed, magnitude=0.1), backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [(1, 67), (61, 67)], ids=str)
 @pytest.mark.parametrize("kind", ["large", "equal", "one_huge"])
@@ -165,18 +181,26 @@ def poison(built: Built, keys: Tensor, number: float, what: str) -> Built:
     return Built(replace(built.problem, **{what: tensor}), built.arguments)
 
 
+# With many queries, all masks but the first two show every key to some query.
+WITH_UNSEEN_KEYS = [
+    *((m, n) for m in ("lengths", "left_padding") for n in [(1, 61), (2, 61), (53, 61), (61, 61)]),
+    *(("sink_window", n) for n in [(1, 61), (2, 61), (53, 61)]),
+    *((m, n) for m in ("outside", "dense") for n in [(1, 61), (2, 61)]),
+]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("what", ["key", "value"])
-@pytest.mark.parametrize("lengths", [(1, 61), (2, 61), (53, 61), (61, 61)], ids=str)
-@pytest.mark.parametrize("mask", ["lengths", "left_padding", "sink_window", "outside", "dense"])
+@pytest.mark.parametrize(("mask", "lengths"), WITH_UNSEEN_KEYS, ids=str)
 def test_masked_keys_never_leak(
-    backend: str, number: float, what: str, lengths: tuple[int, int], mask: str
+    backend: str, number: float, what: str, mask: str, lengths: tuple[int, int]
 ) -> None:
     """What no query may attend to cannot change a bit of the output, whatever it holds."""
     clean = build(Case(mask, lengths=lengths))
     shape = (2, 3, *lengths)
     unseen = ~clean.problem.allowed.expand(shape).any(1).any(1)
+    assert unseen.any()
     dirty = poison(clean, unseen, number, what)
     assert torch.equal(dirty.run(backend), clean.run(backend))
 
