@@ -1,6 +1,6 @@
 """Is one product with W^Q, W^K, W^V side by side faster than three?
 
-docs/decisions/separate-projections.md holds the answer.
+docs/decisions/0003-separate-projections.md holds the answer.
 Run it on a quiet machine:  taskset -c 1 python benchmarks/fused_projection.py
 """
 

@@ -66,7 +66,7 @@ class MultiHeadAttention(nn.Module):
     Projection weights start Xavier-uniform, each on its own sizes, and biases at zero.
 
     Self-attention does not multiply by one concatenated W^Q W^K W^V: measured, that is no faster
-    (docs/decisions/separate-projections.md).
+    (docs/decisions/0003-separate-projections.md).
 
     Raises:
         ArgumentError, ArgumentTypeError: sizes that do not divide, an unknown `qk_norm`, or
