@@ -14,8 +14,8 @@ Q = torch.zeros(2, 6, 5, 8)  # B=2, Hq=6, Lq=5, D=8
 K = torch.zeros(2, 3, 7, 8)  # Hkv=3, Lk=7
 V = torch.zeros(2, 3, 7, 4)  # Dv=4
 
-# What is changed of attention(Q, K, V) -> the error, and what its message must hold:
-# what was got, what was expected, the fix.
+# What is changed of attention(Q, K, V), or a function where making that may raise already
+# -> the error, and what its message must hold: what was got, what was expected, the fix.
 TABLE = {
     "an array": (dict(query=np.zeros((2, 6, 5, 8))), TypeError, "ndarray", "Tensor", "as_tensor"),
     "a list": (dict(value=[[1.0]]), TypeError, "list", "Tensor", "as_tensor"),
@@ -36,6 +36,10 @@ TABLE = {
     "key and value heads": (dict(value=V[:, 1:]), mh.ShapeError, "[2, 2, 7, 4]", "same", "differ"),
     "head sizes": (dict(key=K[..., 1:]), mh.ShapeError, "[2, 3, 7, 7]", "to be 8", "project"),
     "batches": (dict(query=Q[:1]), mh.ShapeError, "query [1, 6, 5, 8]", "one batch size", "expand"),
+    "value's batch": (dict(value=V[:1]), mh.ShapeError, "[1, 3, 7, 4]", "same batch", "differ"),
+    "value's device": (
+        dict(value=V.to("meta")), mh.DeviceError, "value on meta", "one device", ".to(",
+    ),
     "heads": (dict(query=Q[:, :5]), mh.ShapeError, "[2, 5, 5, 8]", "Hq = G * Hkv", "h // G"),
     "fewer query heads": (dict(query=Q[:, :1]), mh.ShapeError, "[2, 1, 5, 8]", "G >= 1", "h // G"),
     "no heads": (dict(query=Q[:, :0]), mh.ShapeError, "[2, 0, 5, 8]", "Hq = G * Hkv", "h // G"),
@@ -51,6 +55,46 @@ TABLE = {
     "mask's heads": (
         dict(mask=torch.ones(3, 5, 7, dtype=torch.bool)),
         mh.ShapeError, "[3, 5, 7]", "Hq|1, Lq, Lk]", "mask[None]",
+    ),
+    "mask's batch": (
+        dict(mask=torch.ones(3, 1, 5, 7, dtype=torch.bool)),
+        mh.ShapeError, "[3, 1, 5, 7]", "[2, 6, 5, 7]", "slice",
+    ),
+    "mask's rank": (
+        dict(mask=torch.ones(7, dtype=torch.bool)),
+        mh.ShapeError, "[7]", "[Lq, Lk]", "KeyLengths",
+    ),
+    "documents' queries": (
+        lambda: dict(mask=mh.Documents([2, 2], [3, 4])),
+        mh.ArgumentError, "sum of 4", "query length 5", "padding as a document",
+    ),
+    "documents' keys": (
+        lambda: dict(mask=mh.Documents([2, 3], [3, 3])),
+        mh.ArgumentError, "sum of 6", "key length 7", "padding as a document",
+    ),
+    "documents' keys left out": (
+        lambda: dict(mask=mh.Documents([2, 3])),
+        mh.ArgumentError, "sum of 5", "key length 7", "give k_lengths",
+    ),
+    "document count": (
+        lambda: dict(mask=mh.Documents([2, 3], [7])),
+        mh.ShapeError, "[2] and [1]", "as many k_lengths", "has length 0",
+    ),
+    "negative window": (
+        lambda: dict(mask=mh.Window(-1, 0)),
+        mh.ArgumentError, "got -1", "must not be negative", "Use 0 or more",
+    ),
+    "negative window ahead": (
+        lambda: dict(mask=mh.Window(4, -3)),
+        mh.ArgumentError, "got -3", "must not be negative", "Use 0 or more",
+    ),
+    "embed_dim": (
+        lambda: mh.MultiHeadAttention(10, 4),
+        mh.ArgumentError, "embed_dim=10", "expected a multiple", "change one of them",
+    ),
+    "module's key heads": (
+        lambda: mh.MultiHeadAttention(12, 6, num_kv_heads=4),
+        mh.ArgumentError, "num_kv_heads=4", "expected a multiple", "change one of them",
     ),
     "bool bias": (dict(attn_bias=torch.ones(5, 7) > 0), TypeError, "bool", "float", "mask="),
     "bias's type": (dict(attn_bias=1.0), TypeError, "is a float", "Alibi", "a float tensor"),
@@ -107,8 +151,9 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_the_message_says_what_was_got_expected_and_how_to_mend_it(name: str) -> None:
     changed, kind, got, expected, fix = TABLE[name]
-    arguments = {"query": Q, "key": K, "value": V, **changed}
     with pytest.raises(kind) as caught:
+        made = changed() if callable(changed) else changed
+        arguments = {"query": Q, "key": K, "value": V, **made}
         mh.attention(
             arguments.pop("query"), arguments.pop("key"), arguments.pop("value"), **arguments
         )
