@@ -372,21 +372,29 @@ def test_generate_gives_eagers_tokens(name, side, how):
     assert torch.equal(ours, on(model, "eager").generate(ids, **options))
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_training_step_equals_eager(name):
-    ids, mask = padded("right")
-    labels = ids.masked_fill(mask == 0, -100)
-    model = decoder(name)
+def gradients_of(loss_of):
+    """model -> its loss and the gradients of all its parameters, in one row [1, n]."""
 
-    def gradients(model):
+    def run(model):
         model.zero_grad()
-        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss = loss_of(model)
         loss.backward()
         parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
         return torch.cat([loss.detach().reshape(1), *parts])[None]
 
-    assert_same_outputs(model, gradients)
+    return run
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_training_step_equals_eager(name):
+    ids, mask = padded("right")
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def loss_of(model):
+        return model(ids, attention_mask=mask, labels=labels).loss
+
+    assert_same_outputs(decoder(name), gradients_of(loss_of))
 
 
 def test_dropout_is_passed_on():
@@ -399,8 +407,7 @@ def test_dropout_is_passed_on():
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_bert_equals_eager(side):
+def bert() -> BertModel:
     torch.manual_seed(73)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -411,12 +418,26 @@ def test_bert_equals_eager(side):
         max_position_embeddings=31,
         initializer_range=0.3,
     )
+    return BertModel(config).eval()
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_bert_equals_eager(side):
     ids, mask = padded(side)
-    model = BertModel(config).eval()
     with torch.no_grad():
         assert_same_outputs(
-            model, lambda m: m(ids, attention_mask=mask).last_hidden_state, mask.bool()
+            bert(), lambda m: m(ids, attention_mask=mask).last_hidden_state, mask.bool()
         )
+
+
+def test_bert_training_step_equals_eager():
+    ids, mask = padded("right")
+
+    def loss_of(model):
+        out = model(ids, attention_mask=mask).last_hidden_state
+        return out[mask.bool()].sin().mean()
+
+    assert_same_outputs(bert(), gradients_of(loss_of))
 
 
 def whisper() -> WhisperForConditionalGeneration:
@@ -455,6 +476,18 @@ def test_whisper_forward_equals_eager(side):
 
     with torch.no_grad():
         assert_same_outputs(whisper(), logits, mask.bool())
+
+
+def test_whisper_training_step_equals_eager():
+    sound = torch.randn(3, 7, 34)
+    ids, mask = padded("right")
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def loss_of(model):
+        dtype = next(model.parameters()).dtype
+        return model(sound.to(dtype), decoder_attention_mask=mask, labels=labels).loss
+
+    assert_same_outputs(whisper(), gradients_of(loss_of))
 
 
 @pytest.mark.parametrize("how", ["dynamic", "static", "beams"])
