@@ -23,8 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import manyheads as mh
 from manyheads import masks
-from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
+from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from manyheads.masks import (
     Causal,
     Chunks,
@@ -884,6 +885,10 @@ WHEN_LOWERING = [  # for batch 2, 3 heads, 5 queries, 7 keys
     (QueryRows([5]), {}, ArgumentError, "below the query length 5; got 5"),
     (QueryRows([True] * 4), {}, ShapeError, r"\[5\], one per query row; got \[4\]"),
     (Dense(torch.ones(7, 5).bool()), {}, ShapeError, r"\[5, 7\].*got \[7, 5\]"),
+    (
+        Causal() & Dense(torch.ones(5, 7, dtype=torch.bool, device="meta")), {}, DeviceError,
+        r"on the query's device, cpu; got meta\. Move it with \.to\('cpu'\)",
+    ),
     (Dense(torch.ones(3, 1, 5, 7).bool()), {}, ShapeError, r"got \[3, 1, 5, 7\]"),
     (Dense(torch.ones(2, 2, 5, 7).bool()), {}, ShapeError, r"got \[2, 2, 5, 7\]"),
     (Predicate(lambda b, h, p, j: True), {}, ArgumentTypeError, "bool tensor; got bool"),
@@ -913,6 +918,15 @@ def test_lower_takes_masks_and_bool_tensors_only():
     for wrong in ("causal", 3, True):
         with pytest.raises(ArgumentTypeError, match="None, a mask of manyheads, or a bool tensor"):
             masks.lower(wrong, geometry(5, 7))
+
+
+def test_small_tensors_follow_the_call_and_dense_masks_do_not():
+    lengths = KeyLengths(torch.tensor([5, 7]))
+    where = Geometry(2, 3, 5, 7, torch.device("meta"))
+    assert masks.lower(Causal() & lengths, where)[0].key_end.device.type == "meta"
+    x = torch.zeros(2, 3, 5, 8, device="meta")
+    with pytest.raises(DeviceError, match="device, meta; got cpu"):
+        mh.attention(x, x, x, mask=torch.ones(5, 5, dtype=torch.bool))
 
 
 # --- torch.compile ------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class Mask(Value):
         Row r stands at key position query_start + r; None aligns the last query with the last
         key (Lk - Lq), unless the mask aligns the rows itself (KeyLengths, Documents).
         """
-        where = torch.get_default_device() if device is None else torch.device(device)
+        where = torch.empty(0, device=device).device  # "cuda" with its number, as tensors have it
         geometry = Geometry(batch, q_heads, q_len, k_len, where, query_start)
         return self._dense(self._frame(geometry))
 

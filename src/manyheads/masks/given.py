@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from manyheads.errors import ArgumentTypeError, ShapeError
+from manyheads.errors import ArgumentTypeError, DeviceError, ShapeError
 from manyheads.masks.algebra import Mask
 from manyheads.masks.checks import broadcasts
 from manyheads.masks.frame import Frame
@@ -38,6 +38,7 @@ class Dense(Mask):
     Raises:
         ArgumentTypeError: not a bool tensor. Numbers to add to the scores are attn_bias.
         ShapeError: 3-D (is the first axis batch or heads?), or sizes that do not fit the call.
+        DeviceError: not on the call's device (when lowering); it is too large to move unasked.
     """
 
     allowed: Tensor
@@ -66,6 +67,12 @@ class Dense(Mask):
             )
 
     def _check(self, geometry: Geometry) -> None:
+        if self.allowed.device != geometry.device:
+            raise DeviceError(
+                f"A dense mask must be on the query's device, {geometry.device}; got "
+                f"{self.allowed.device}. Move it with .to({str(geometry.device)!r}), or give a "
+                "mask object, whose few numbers move by themselves."
+            )
         sizes = (geometry.batch, geometry.q_heads, geometry.q_len, geometry.k_len)
         b, h, q, k = (1, 1, *self.allowed.shape)[-4:]
         fits = broadcasts(b, sizes[0]) and broadcasts(h, sizes[1])
@@ -77,7 +84,7 @@ class Dense(Mask):
             )
 
     def _allowed(self, frame: Frame) -> Tensor:
-        allowed = self.allowed.to(frame.device)
+        allowed = self.allowed
         return allowed if allowed.dim() == 4 else allowed[None, None]
 
     def _ranges(self, frame: Frame) -> Ranges:
@@ -92,9 +99,7 @@ class Dense(Mask):
         changes = None if self.allowed.is_inference() else self.allowed._version
         kept = self._scanned
         if kept is not None and changes == kept[0]:
-            ranges = kept[1]
-            if ranges is None or ranges.starts.device == frame.device:
-                return ranges
+            return kept[1]
         allowed = self._allowed(frame)
         rows = _rows_at_once(frame.geometry, allowed.shape[0], allowed.shape[1])
         ranges = _scan_blocks(torch.split(allowed, rows, dim=2))
