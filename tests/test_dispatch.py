@@ -84,6 +84,18 @@ def test_explanation_reads_well() -> None:
         assert part in text
 
 
+def test_explanation_says_why_this_backend() -> None:
+    first = f"first of native, sdpa, reference that can run this call; {mh.info().isa} kernels"
+    assert str(mh.explain(Q, K, K)).startswith(f"backend: native ({first})\nmask plan")
+    leaf = Q.clone().requires_grad_()
+    assert (
+        mh.explain(leaf, K, K).reason == "first of native, sdpa, reference that can run this call"
+    )
+    assert "backend: reference (asked for)" in str(mh.explain(Q, K, K, backend="reference"))
+    nothing = mh.explain(leaf, K, K, backend="native")
+    assert nothing.reason is None and "backend: none can run this call\n" in str(nothing)
+
+
 def test_memory_note_matches_what_is_allocated() -> None:
     """SDPA's note against the truth: the largest tensor PyTorch makes on the way.
 

@@ -26,6 +26,7 @@ class Explanation:
     backend: the name of the backend, or None if there is none (the call would raise).
     plan: "full", "band", "intervals" or "dense", and plan_reason in words.
     memory: why memory would grow with Lq * Lk, or None if it would not.
+    reason: why that backend, and what it runs on; None without one.
     refusals: (backend's name, its reasons) for each that was asked before and refused.
     spec: the call's shapes, dtypes and needs.
     """
@@ -36,10 +37,12 @@ class Explanation:
     memory: str | None
     refusals: tuple[tuple[str, tuple[str, ...]], ...]
     spec: AttentionSpec
+    reason: str | None = None
 
     def __str__(self) -> str:
+        backend = f"{self.backend} ({self.reason})" if self.backend else "none can run this call"
         lines = [
-            f"backend: {self.backend or 'none can run this call'}",
+            f"backend: {backend}",
             f"mask plan: {self.plan} ({self.plan_reason})",
             f"memory: {self.memory or 'O(n) beyond inputs and outputs'}",
         ]
@@ -93,7 +96,16 @@ def explain(
     if chosen is not None:
         memory = chosen.memory_note(spec) or plan_memory
     name = None if chosen is None or (strict and plan_memory) else chosen.NAME
-    return Explanation(name, spec.plan, plan_reason, memory, tuple(refusals), spec)
+    reason = None if name is None else _reason(chosen, backend)
+    return Explanation(name, spec.plan, plan_reason, memory, tuple(refusals), spec, reason)
+
+
+def _reason(chosen: ModuleType | None, backend: str | None) -> str:
+    """Why this one was chosen; a backend may add, with `about()`, what it runs on."""
+    names = ", ".join(candidate.NAME for candidate in BACKENDS)
+    why = "asked for" if backend else f"first of {names} that can run this call"
+    about = getattr(chosen, "about", None)
+    return f"{why}; {about()}" if about else why
 
 
 def describe(spec: AttentionSpec) -> str:

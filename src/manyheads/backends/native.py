@@ -52,6 +52,11 @@ def why_not(spec: AttentionSpec) -> list[str]:
     return reasons
 
 
+def about() -> str:
+    """Which kernels a call would run on, for an explanation."""
+    return f"{_ops.cpu_kernels().name} kernels"
+
+
 def memory_note(spec: AttentionSpec) -> str | None:
     """None: beyond a dense mask or bias that the caller made, memory does not grow with Lq * Lk."""
     return None
