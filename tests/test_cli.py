@@ -111,7 +111,8 @@ def test_demo_compares_tokens_and_times(run, tiny_model, monkeypatch):
     monkeypatch.setattr(commands, "_DEMO_CASES", (case, case))
     status, printed = run("demo", "--model", str(tiny_model), "--pairs", "1")
     assert status == 0
-    assert "equal, all 64" in printed and "11 tokens" in printed and "backend: " in printed
+    assert "equal, all 64" in printed and "11 tokens" in printed
+    assert "backend: native (first of native" in printed
 
 
 def test_bench_prints_a_row_for_each_shape(run, monkeypatch):
@@ -214,6 +215,22 @@ def test_load_refuses_a_path_that_is_no_model():
         demo_models.load("~/no/such/model")
 
 
+def test_unpacking_gguf_shows_no_progress_bar(tmp_path, monkeypatch, capfd):
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def unpack(*arguments, **options):
+        list(tqdm(range(3), desc="unpacking", disable=False))
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *arguments, **options: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unpack)
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert demo_models.load(str(file)).name == "model"
+    assert capfd.readouterr().err == ""
+
+
 # --- timing --------------------------------------------------------------------------------------
 
 
@@ -291,6 +308,12 @@ def test_flops_count_the_pairs_that_the_mask_allows():
         assert case.flops == 2 * 2 * case.batch * 3 * 5 * pairs
 
 
-def test_against_sdpa_agrees():
+def test_against_sdpa_agrees_and_measures_one_peak_beside_each_pair(monkeypatch):
     case = benchmark.AttentionCase("window", 3, 1, 29, 5, window=4)
-    assert len(benchmark.against_sdpa(case, pairs=2).ratios) == 2
+    peaks = iter(range(1, 100))
+    monkeypatch.setattr(benchmark, "peak_now", lambda: 1e9 * next(peaks))
+    result = benchmark.against_sdpa(case, pairs=2)
+    assert len(result.ratios) == len(result.limits) == 2
+    assert "beside each timing: 4 GFLOP/s" in commands._machine(
+        [result]
+    )  # (2 + 3) / 2, (4 + 5) / 2

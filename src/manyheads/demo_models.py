@@ -11,6 +11,7 @@ yours.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,9 +264,11 @@ def _from_pretrained(
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=attn_implementation, **extra
-        )
+        # The bar of unpacking GGUF heeds no switch of transformers; all it has is sys.stderr.
+        with redirect_stderr(io.StringIO()) if extra else nullcontext():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, attn_implementation=attn_implementation, **extra
+            )
     except ImportError as missing:
         raise MissingDependencyError(
             f"reading {name} needs a package that is not installed: {missing}"
