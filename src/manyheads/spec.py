@@ -1,6 +1,6 @@
 """What one attention call is, as plain data: its geometry, its mask plan, its bias plan, its needs.
 
-Nothing here computes attention. `masks.py` and `positions.py` produce plans, `dispatch.py` reads
+Nothing here computes attention. `masks/` and `positions.py` produce plans, `dispatch.py` reads
 `AttentionSpec`, the backends consume `AttentionCall`.
 
 Axis letters, used everywhere: B batch, Hq query heads, Hkv key/value heads (Hq = G * Hkv), Lq and
@@ -219,6 +219,7 @@ class AttentionSpec:
     needs_lse: bool = False
     causal: bool = False  # the plan is exactly "key j <= query row r"
     transformed: bool = False  # inside a torch.func transform or forward-mode differentiation
+    only_mapped: bool = False  # transformed, but by vmap alone, and nobody wants a gradient
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Our own kernels: float32 attention on the CPU, for AVX-512, AVX2 or plain C++.
 
-K and V are read in place whatever their strides, as long as each row is contiguous; grouped heads
-share them; masked blocks are skipped; memory beyond inputs and output is a few tiles per thread.
+K and V are taken with any strides, as long as each row is contiguous: rows that follow each other
+are read in place, others are copied a block at a time. Grouped heads share them, masked blocks are
+skipped, and memory beyond inputs and output is a few tiles per thread.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def why_not(spec: AttentionSpec) -> list[str]:
         reasons.append(f"head_dim is {spec.head_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
     if not 1 <= spec.value_dim <= _MAX_HEAD_DIM:
         reasons.append(f"value_dim is {spec.value_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
-    if spec.transformed:
-        reasons.append("inside a torch.func transform, which these kernels do not follow")
+    if spec.transformed and not spec.only_mapped:
+        reasons.append("inside a torch.func transform other than vmap, or vmap with a gradient")
     return reasons
 
 
@@ -127,7 +128,7 @@ def _band(call: AttentionCall) -> tuple[list[int], Tensor | None]:
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself unless its last axis is strided; every other stride is used in place."""
+    """The tensor itself unless its last axis is strided; the kernels take every other stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
