@@ -134,6 +134,56 @@ def test_the_cached_choice_is_made_from_the_same_fields_in_the_same_order() -> N
     )  # fmt: skip
 
 
+MAPPED = torch.randn(7, 6, 5, 8)
+
+
+def _sum(query: torch.Tensor) -> torch.Tensor:
+    return mh.attention(query, K[0], K[0], mask=mh.Causal()).square().sum()
+
+
+def _reference_sum(query: torch.Tensor) -> torch.Tensor:
+    out = mh.attention(query, K[0], K[0], mask=mh.Causal(), backend="reference")
+    return out.square().sum()
+
+
+def test_vmap_alone_runs_native_and_is_a_loop() -> None:
+    def native(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return mh.attention(query, key, key, mask=mh.Causal(), backend="native", strict=True)
+
+    keys = torch.randn(7, 3, 11, 8)
+    loop = torch.stack([native(q, k) for q, k in zip(MAPPED, keys, strict=True)])
+    assert torch.equal(torch.func.vmap(native)(MAPPED, keys), loop)
+    nested = torch.func.vmap(torch.func.vmap(native, (0, None)), (None, 0))(MAPPED, keys)
+    assert nested.shape == (7, 7, 6, 5, 8)
+    assert torch.equal(nested[torch.arange(7), torch.arange(7)], loop)
+    chosen = []
+    torch.func.vmap(lambda q: chosen.append(mh.explain(q, K[0], K[0]).backend) or q)(MAPPED)
+    assert chosen == ["native"]
+
+
+# PyTorch's forward mode loads its rules with torch.jit.script, which is deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.grad(lambda q: torch.func.vmap(f)(q).sum())(MAPPED),
+        lambda f: torch.func.vmap(torch.func.grad(f))(MAPPED),
+        lambda f: torch.func.jvp(torch.func.vmap(f), (MAPPED,), (torch.ones_like(MAPPED),))[1],
+        lambda f: torch.func.vmap(lambda q: torch.func.jvp(f, (q,), (q,))[1])(MAPPED),
+        lambda f: _backward(torch.func.vmap(f)),
+    ],
+    ids=["grad of vmap", "vmap of grad", "jvp of vmap", "vmap of jvp", "backward through vmap"],
+)
+def test_vmap_with_derivatives_goes_elsewhere(transform) -> None:
+    got, expected = transform(_sum), transform(_reference_sum)
+    assert torch.equal(got, expected) and got.abs().max() > 0
+
+
+def _backward(mapped) -> torch.Tensor:
+    leaf = MAPPED.clone().requires_grad_()
+    return torch.autograd.grad(mapped(leaf).sum(), leaf)[0]
+
+
 @dataclasses.dataclass
 class _Refusing:
     NAME: str
