@@ -314,6 +314,21 @@ def test_native_any_place_in_a_chunk_same_bits(
     assert torch.equal(chunk, whole[:, :, first : first + 97])
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "sink_window", "outside"])
+@pytest.mark.parametrize(("heads", "count"), [((3, 3), 16), ((6, 2), 5)], ids=str)
+def test_native_any_place_in_a_short_chunk_same_bits(
+    mask: str, heads: tuple[int, int], count: int
+) -> None:
+    """Up to 16 queries per key/value head: one alone gives the same bits as among the others."""
+    case = Case(mask, heads=heads, sizes=(64, 64), lengths=(count, 257), query_start=200)
+    built = build(case)
+    whole = built.run("native")
+    for row in (0, 1, count - 1):
+        problem = replace(built.problem, query=built.problem.query[:, :, row : row + 1])
+        alone = Built(problem, built.arguments).run("native", query_start=200 + row)
+        assert torch.equal(alone, whole[:, :, row : row + 1])
+
+
 # Gradients and transforms.
 
 
