@@ -58,7 +58,10 @@ struct View {
   }
 
   bool is(ScalarType type, int64_t rank) const { return dtype == type && dim == rank; }
-  bool unit_stride(int64_t axis) const { return sizes[axis] <= 1 || strides[axis] == 1; }
+  bool empty() const {
+    return std::any_of(sizes, sizes + dim, [](int64_t n) { return n == 0; });
+  }
+  bool unit_stride(int64_t axis) const { return sizes[axis] <= 1 || strides[axis] == 1 || empty(); }
   // Size `full`, or 1 standing for it.
   bool broadcasts(int64_t axis, int64_t full) const {
     return sizes[axis] == full || sizes[axis] == 1;
@@ -183,7 +186,7 @@ void read_bias(Forward& f, const OptionalTensor& slopes, const OptionalTensor& d
           "dense_bias float32 [B or 1, Hq or 1, Lq or 1, Lk or 1]");
     f.bias.dense = d.as<float>();
     for (int i = 0; i < 4; ++i) f.bias.dense_stride[i] = d.broadcast_stride(i);
-    check(f.bias.dense_stride[3] == 0 || f.bias.dense_stride[3] == 1,
+    check(f.bias.dense_stride[3] == 0 || d.unit_stride(3),
           "dense_bias with a key stride of 0 or 1");
   }
 }

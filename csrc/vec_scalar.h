@@ -113,7 +113,8 @@ inline Vec exp2(Vec x) {
   p = fma(p, f, set(0x1.ebfbdcp-3f));
   p = fma(p, f, set(0x1.62e430p-1f));
   p = fma(p, f, set(1.0f));
-  const VecI exponent = {((VecI::Type)(y + magic).v - 0x4b400000) << 23};
+  // Multiplied, not shifted: shifting a negative number left is undefined.
+  const VecI exponent = {((VecI::Type)(y + magic).v - 0x4b400000) * (1 << 23)};
   const Vec power = {(Vec::Type)((VecI::Type)(p.v) + exponent.v)};
   return select(less(x, low), zero(), select(is_nan(x), x, power));
 }

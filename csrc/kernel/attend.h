@@ -18,12 +18,12 @@
 
 namespace {
 
-// max * unit, or 0 where there is no key yet, so that differences stay finite.
-inline Vec scaled(Vec max, Vec unit) {
-  return select(equal(max, set(-kInfinity)), zero(), max * unit);
-}
+// The maximum, or 0 where there is no key yet, so that differences stay finite.
+inline Vec guarded(Vec max) { return select(equal(max, set(-kInfinity)), zero(), max); }
+
+// What sums relative to the old maximum are multiplied by.
 inline Vec correction(Vec old_max, Vec new_max, Vec unit) {
-  const Vec factor = exp2(scaled(old_max, unit) - scaled(new_max, unit));
+  const Vec factor = exp2((guarded(old_max) - guarded(new_max)) * unit);
   return select(equal(old_max, set(-kInfinity)), zero(), factor);
 }
 
@@ -132,7 +132,7 @@ struct KeyValue {
 template <int N>
 inline void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
                            const KeyValue& kv, const Block& block, float* running_max) {
-  const int64_t piece = call.Lq * (call.Hq / call.Hkv) <= 16 ? 32 : 128;
+  const int64_t piece = call.Lq * (call.Hq / call.Hkv) <= 16 ? 8 : 128;
   const auto max_after = [&](int64_t d) { return d < call.D ? nullptr : running_max; };
   multiply_rows<N, false>(kv.key, kv.key_stride, tile.query, minimum(piece, call.D), block.begin,
                           block.end, *work.soon,
@@ -154,7 +154,7 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
     read_allowed(tile, block, work.allowed);
     if (block.begin >= block.end) return;
   }
-  Vec old_max[N], new_max[N], shift[N], sum[N];
+  Vec old_max[N], new_max[N], base[N], sum[N];
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) old_max[n] = load(tile.inner.max + n * W);
   // Where the scores are final as they come, their maximum is taken while they are in registers.
@@ -178,12 +178,12 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
   }
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) {
-    shift[n] = scaled(new_max[n], unit);
+    base[n] = guarded(new_max[n]);
     sum[n] = zero();
   }
-  weigh_scores<N, true>(work, block.begin, block.core_begin, score_unit(call), shift, sum);
-  weigh_scores<N, false>(work, block.core_begin, block.core_end, score_unit(call), shift, sum);
-  weigh_scores<N, true>(work, block.core_end, block.end, score_unit(call), shift, sum);
+  weigh_scores<N, true>(work, block.begin, block.core_begin, unit, base, sum);
+  weigh_scores<N, false>(work, block.core_begin, block.core_end, unit, base, sum);
+  weigh_scores<N, true>(work, block.core_end, block.end, unit, base, sum);
 
   alignas(64) float factor[L];
 #pragma GCC unroll 3

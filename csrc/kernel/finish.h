@@ -28,12 +28,12 @@ inline void add_sinks(const Forward& call, const Tile& tile, Partial& total) {
 
 // log-sum-exp per lane, in natural units.
 inline void store_lse(const Forward& call, const Tile& tile, const Partial& total) {
-  const float unit = score_unit(call);
+  const double scale = transforms(call) ? 1.0 : __builtin_fabs(double(call.scale));
   for (int lane = 0; lane < tile.count; ++lane) {
     const float max = total.max[lane], sum = total.sum[lane];
-    const double shift = max == -kInfinity ? 0.0f : max * unit;
+    const double base = max == -kInfinity ? 0.0 : double(max) * scale;
     call.lse[(tile.b * call.Hq + tile.head[lane]) * call.Lq + tile.row[lane]] =
-        sum == 0 ? -kInfinity : float(shift * kLn2 + __builtin_log(double(sum)));
+        sum == 0 ? -kInfinity : float(base + __builtin_log(double(sum)));
   }
 }
 

@@ -53,7 +53,8 @@ inline void read_bias(const Forward& call, const Tile& tile, const Block& block,
 inline void read_allowed(const Tile& tile, Block& block, float* to) {
   const int64_t lanes = tile.lanes();
   transpose_rows(lanes, block.begin, block.end, to, [&](int lane, int64_t row, int64_t n) {
-    return load_bytes(tile.allowed_row[lane] + block.key + row, n);
+    const Vec bytes = load_bytes(tile.allowed_row[lane] + block.key + row, n);
+    return select(equal(bytes, zero()), zero(), set(1.0f));  // a byte of True may hold any bits
   });
   const auto count = [&](int64_t row) {
     Vec sum = zero();
@@ -141,13 +142,15 @@ template <int N>
 template <int N>
 [[gnu::noinline]] void add_alibi(const Tile& tile, const Block& block, const Workspace& work,
                                  Vec scale) {
-  Vec position[N], minus_slope[N];
+  VecI position[N];
+  Vec minus_slope[N];
   for (int n = 0; n < N; ++n) {
-    position[n] = to_float(load_int(tile.position + n * Vec::kLanes));
+    position[n] = load_int(tile.position + n * Vec::kLanes);
     minus_slope[n] = zero() - load(tile.slope + n * Vec::kLanes);
   }
   transform_rows<N>(block, work, [&](int64_t row, int n, Vec s) {
-    return fma(minus_slope[n], abs(set(float(block.key + row)) - position[n]), s * scale);
+    const Vec ahead = to_float(set_int(int32_t(block.key + row)) - position[n]);
+    return fma(minus_slope[n], abs(ahead), s * scale);
   });
 }
 
@@ -226,17 +229,18 @@ inline void take_max(const Workspace& work, int64_t begin, int64_t end, Vec (&ru
     for (int n = 0; n < N; ++n) running[n] = max(running[n], load(work.scores + row * L + n * W));
 }
 
-// Weights 2^(unit * s - scaled_max) of rows [begin, end), in place, added to `sum` in key order.
-// Where kMasked, a score of -inf becomes -0, not +0: it marks a pair that does not attend, and
-// adding -0 changes nothing.
+// Weights 2^((s - base) * unit) of rows [begin, end), in place, added to `sum` in key order. The
+// difference is taken first: a product of a huge maximum would be rounded by more than the exponent
+// holds. Where kMasked, a score of -inf becomes -0, not +0: it marks a pair that does not attend,
+// and adding -0 changes nothing.
 template <int N, bool kMasked>
-[[gnu::noinline]] void weigh_scores(const Workspace& work, int64_t begin, int64_t end, float unit,
-                                    const Vec (&scaled_max)[N], Vec (&sum)[N]) {
+[[gnu::noinline]] void weigh_scores(const Workspace& work, int64_t begin, int64_t end, Vec unit,
+                                    const Vec (&base)[N], Vec (&sum)[N]) {
   constexpr int W = Vec::kLanes, L = N * W;
-  Vec shift[N], total[N];
+  Vec largest[N], total[N];
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) {
-    shift[n] = zero() - scaled_max[n];
+    largest[n] = base[n];
     total[n] = sum[n];
   }
   for (int64_t row = begin; row < end; ++row) {
@@ -244,7 +248,7 @@ template <int N, bool kMasked>
     for (int n = 0; n < N; ++n) {
       float* p = work.scores + row * L + n * W;
       const Vec s = load(p);
-      Vec weight = exp2(fma(s, set(unit), shift[n]));
+      Vec weight = exp2((s - largest[n]) * unit);
       if constexpr (kMasked) weight = select(equal(s, set(-kInfinity)), set(-0.0f), weight);
       store(p, weight);
       total[n] = total[n] + weight;

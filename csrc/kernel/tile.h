@@ -11,7 +11,6 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2e = 0x1.715476p+0f;
-constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 
 constexpr int kMaxVectors = 3;
 constexpr int kMaxLanes = kMaxVectors * Vec::kLanes;
@@ -29,6 +28,11 @@ struct Range {
 
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Sums and differences of two such numbers and a row stay inside int32.
+inline int32_t within_bounds(int64_t x) {
+  return int32_t(maximum(minimum(x, kUnbounded), -kUnbounded));
+}
 
 // Running result of one tile over some keys: out is unnormalised, relative to 2^(scaled maximum).
 struct Partial {
@@ -96,14 +100,16 @@ inline void find_ranges(const Forward& call, Tile& tile) {
       }
     }
   } else if (mask.kind == PlanKind::band) {
-    const int32_t left = int32_t(mask.left.at(tile.b)), right = int32_t(mask.right.at(tile.b));
+    const int32_t left = within_bounds(mask.left.at(tile.b));
+    const int32_t right = within_bounds(mask.right.at(tile.b));
     const int32_t start = clamp(int32_t(mask.key_start.at(tile.b)));
     const int32_t end = clamp(int32_t(mask.key_end.at(tile.b)));
     const int32_t first = clamp(start + clamp(int32_t(mask.first_n.at(tile.b))));
     for (int lane = 0; lane < tile.lanes(); ++lane) {
       const int32_t position = tile.position[lane];
-      const int32_t window_end = clamp(smaller(end, position + right + 1));
-      tile.begin[0][lane] = clamp(larger(start, position - left));
+      const int32_t window_end =
+          right == kUnbounded ? end : clamp(smaller(end, position + right + 1));
+      tile.begin[0][lane] = left == kUnbounded ? start : clamp(larger(start, position - left));
       tile.end[0][lane] = window_end;
       tile.begin[1][lane] = start;
       tile.end[1][lane] = smaller(first, mask.first_within_right ? window_end : end);
@@ -163,7 +169,7 @@ inline void clear(Partial& partial, int64_t lanes, int64_t Dv) {
 }
 
 inline void find_positions(const Forward& call, Tile& tile) {
-  const int32_t start = int32_t(call.query_start.at(tile.b));
+  const int32_t start = within_bounds(call.query_start.at(tile.b));
   for (int lane = 0; lane < tile.lanes(); ++lane) tile.position[lane] = start + tile.row[lane];
   if (!call.positions) return;
   const int32_t* positions = call.positions + tile.b * call.positions_stride;
