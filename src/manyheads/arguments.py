@@ -20,6 +20,10 @@ _POSITION_LIMIT = 1 << 29
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
+#: Positions further out than this mean no more than this: kernels count in int32.
+FARTHEST = 1 << 29
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless the three are floating tensors of one dtype and device whose sizes fit."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -95,7 +99,8 @@ def check_query_start(query_start: Any, batch: int, device: torch.device) -> Per
                 f"query_start is elsewhere: got {query_start.device}; expected the query's device "
                 f"{device}; move it with .to(query.device)"
             )
-        return query_start.to(torch.int32)
+        # Far outside all keys is far outside, however far; a bare cast would wrap around.
+        return query_start.clamp(-FARTHEST, FARTHEST).to(torch.int32)
     if isinstance(query_start, bool) or not isinstance(query_start, (int, torch.SymInt)):
         raise ArgumentTypeError(
             f"query_start is of the wrong type: got {type(query_start).__name__}; expected an int "

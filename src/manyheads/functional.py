@@ -234,7 +234,8 @@ def _prepare(
     elif scale.__class__ is not float or not math.isfinite(scale):
         scale = number("scale", scale, "a finite number", math.isfinite)
     if softcap is not None:
-        softcap = number("softcap", softcap, "a finite number > 0", lambda c: 0.0 < c < math.inf)
+        expected = "a finite number > 0 (1e-37 to 1e37)"
+        softcap = number("softcap", softcap, expected, lambda c: 1e-37 <= c <= 1e37)
     if dropout_p.__class__ is not float or dropout_p:
         dropout_p = number("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0.0 <= p < 1.0)
     if query_start is not None:
