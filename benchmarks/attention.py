@@ -26,7 +26,7 @@ import manyheads as mh
 from manyheads.benchmark import Comparison, attention_flops, compare, peak_now
 
 #: Seconds to wait, per row, for pairs that no neighbour disturbs.
-PATIENCE = 40.0
+PATIENCE = 20.0
 
 
 @dataclass(frozen=True)
