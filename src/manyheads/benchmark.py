@@ -45,9 +45,9 @@ class Comparison:
     others: the share of one core that other processes (and the hypervisor) took from our cores
         meanwhile; None where the system does not tell.
     limits: the machine's limit, measured beside each pair; empty if it was not asked for.
-    disturbed: how many pairs were left out because the limit itself had dropped meanwhile: a
-        neighbour on the same physical cores, whom nothing else here shows. None if there were too
-        few others, and all pairs are kept.
+    disturbed: how many pairs were left out because the limit had dropped or the peer had slowed
+        down meanwhile: a neighbour on the same physical cores, whom nothing else here shows. None
+        if there were too few others, and all pairs are kept.
     """
 
     ours: tuple[float, ...]
@@ -109,8 +109,9 @@ def compare(
 
     check: called with both results, raises if they differ; default `check_close`.
     limit: measures what the machine can do at best (work a second), just before and after our side
-        of each pair; the two are averaged. Pairs during which it stood below 90 % of the best seen
-        are left out: whether a pair counts never depends on what it measured.
+        of each pair; the two are averaged. With it, pairs during which it stood below 90 % of the
+        best seen, or the peer took over 1.1 times its shortest, are left out: whether a pair counts
+        never depends on our own time.
     patience: seconds to go on for, at most, until there are `pairs` such pairs.
 
     >>> x = torch.ones(64)
@@ -137,7 +138,13 @@ def compare(
             peer_time = _seconds_per_call(peer, calls[1])
         samples.append(_Pair(our_time, peer_time, min(before, after), (before + after) / 2))
         best = max(pair.lowest_limit for pair in samples)
-        quiet = [pair for pair in samples if pair.lowest_limit >= QUIET_SHARE * best]
+        fastest = min(pair.peer for pair in samples)
+        quiet = [
+            pair
+            for pair in samples
+            if pair.lowest_limit >= QUIET_SHARE * best
+            and (not limit or fastest >= QUIET_SHARE * pair.peer)
+        ]
     enough = len(quiet) >= min(pairs, 5)
     kept = quiet if enough else samples
     return Comparison(
