@@ -414,7 +414,7 @@ def test_second_derivatives_in_a_row_that_sees_nothing_are_zero() -> None:
 
 @SCRIPTED
 @pytest.mark.parametrize("mask", [None, mh.Causal(), mh.Window(1, 1)], ids=repr)
-def test_vmap_and_jvp_take_the_reference(mask: mh.Mask | None) -> None:
+def test_vmap_and_jvp_agree_with_plain_calls(mask: mh.Mask | None) -> None:
     query, key, value = torch.randn(7, 2, 3, 5, 4), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)
 
     def run(query: Tensor, backend: str | None = None) -> Tensor:
