@@ -66,15 +66,17 @@ struct Forward {
   Bias bias;
 };
 
-// One ISA's kernels. A call is cut into `num_tiles` independent tiles, in the order they should be
-// handed out; any thread may run any tile, with `scratch_bytes` of 64-byte-aligned memory of its
-// own. `likely_next` is a guess at the tile the same thread will run next (-1: none), to fetch its
-// data ahead.
+// One ISA's kernels. A call is cut into `num_items` independent items, in the order they should be
+// handed out; any thread may run any item, with `scratch_bytes` of 64-byte-aligned memory of its
+// own on which it has called `begin`. Neighbours share keys, so that runs of them are fastest.
+// `likely_next` is a guess at the item the same thread will run next (-1: none), to fetch its data
+// ahead.
 struct Kernels {
   const char* name;
-  int64_t (*num_tiles)(const Forward&);
+  int64_t (*num_items)(const Forward&);
   int64_t (*scratch_bytes)(const Forward&);
-  void (*forward)(const Forward&, int64_t tile, int64_t likely_next, void* scratch);
+  void (*begin)(const Forward&, void* scratch);
+  void (*forward)(const Forward&, int64_t item, int64_t likely_next, void* scratch);
   double flops_per_step;  // of multiply_add, which measures what this ISA can do at best
   float (*multiply_add)(int64_t steps);
 };

@@ -262,7 +262,7 @@ class Scratch {
   std::byte* data() const { return data_; }
 
  private:
-  static constexpr size_t kKeptBytes = size_t(16) << 20;
+  static constexpr size_t kKeptBytes = size_t(64) << 20;
   static constexpr std::align_val_t kAlignment{64};
   struct Free {
     void operator()(std::byte* memory) const { ::operator delete(memory, kAlignment); }
@@ -280,12 +280,14 @@ class Scratch {
   std::byte* data_;
 };
 
-// Threads take tiles from one counter, in the order the kernel wants them handed out. Nothing in
-// the parallel part can throw: an exception must not cross torch's callback.
-void run_tiles(const Kernels& kernels, const Forward& f) {
-  const int64_t tiles = kernels.num_tiles(f);
-  if (tiles <= 0) return;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
+// Threads take runs of items from one counter, in the order the kernel wants them handed out.
+// Nothing in the parallel part can throw: an exception must not cross torch's callback.
+void run_items(const Kernels& kernels, const Forward& f) {
+  const int64_t items = kernels.num_items(f);
+  if (items <= 0) return;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  // Short enough that no thread waits long for the last one.
+  const int64_t run = std::clamp<int64_t>(items / (threads * 32), 1, 4);
   const size_t each = (size_t(kernels.scratch_bytes(f)) + 63) / 64 * 64;
   const Scratch scratch(each * size_t(threads));
   std::byte* const memory = scratch.data();
@@ -293,8 +295,13 @@ void run_tiles(const Kernels& kernels, const Forward& f) {
   const auto work = [&](int64_t first, int64_t last) noexcept {
     for (int64_t worker = first; worker < last; ++worker) {
       void* const mine = memory + size_t(worker) * each;
-      for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
-        kernels.forward(f, tile, tile + threads < tiles ? tile + threads : -1, mine);
+      kernels.begin(f, mine);
+      for (int64_t start; (start = next.fetch_add(run, std::memory_order_relaxed)) < items;) {
+        const int64_t end = std::min(start + run, items);
+        for (int64_t item = start; item < end; ++item) {
+          const int64_t later = item + 1 < end ? item + 1 : item + 1 + (threads - 1) * run;
+          kernels.forward(f, item, later < items ? later : -1, mine);
+        }
       }
     }
   };
@@ -330,7 +337,7 @@ std::tuple<Tensor, Tensor> attention_forward(
     if (f.Lk == 0) {
       fill_without_keys(f);
     } else {
-      run_tiles(*choice.kernels, f);
+      run_items(*choice.kernels, f);
     }
   }
   return {out, lse};

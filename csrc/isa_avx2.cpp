@@ -6,5 +6,6 @@
 
 namespace manyheads {
 extern const Kernels kKernelsAvx2;
-const Kernels kKernelsAvx2{"avx2", num_items, scratch_bytes, forward, kFlopsPerStep, multiply_add};
+const Kernels kKernelsAvx2{"avx2",  num_items,     scratch_bytes, begin,
+                           forward, kFlopsPerStep, multiply_add};
 }  // namespace manyheads

@@ -6,6 +6,6 @@
 
 namespace manyheads {
 extern const Kernels kKernelsAvx512;
-const Kernels kKernelsAvx512{"avx512", num_items,     scratch_bytes,
+const Kernels kKernelsAvx512{"avx512", num_items,     scratch_bytes, begin,
                              forward,  kFlopsPerStep, multiply_add};
 }  // namespace manyheads

@@ -6,6 +6,6 @@
 
 namespace manyheads {
 extern const Kernels kKernelsScalar;
-const Kernels kKernelsScalar{"scalar", num_items,     scratch_bytes,
+const Kernels kKernelsScalar{"scalar", num_items,     scratch_bytes, begin,
                              forward,  kFlopsPerStep, multiply_add};
 }  // namespace manyheads

@@ -241,3 +241,27 @@ def test_no_queries_with_a_strided_last_axis() -> None:
     assert mh.attention(empty, key, key, backend="native").shape == (1, 2, 0, 4)
     out = mh.attention(empty, key, key, attn_bias=bias, backend="native")
     assert out.shape == (1, 2, 0, 4)
+
+
+# Keys and values whose rows lie apart, of which packed copies are kept.
+
+
+@pytest.mark.parametrize("apart", ["key", "value", "both"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("mask", [None, mh.Causal() & mh.Window(300, 0)])
+def test_packed_copies_are_of_this_call_and_block(
+    apart: str, heads: int, mask: mh.Mask | None
+) -> None:
+    """More blocks of keys than copies that are kept, and two calls of one shape."""
+    inputs = random(1500, 1500, heads=heads, width=256)
+    for _ in range(2):
+        expected = mh.attention(*inputs, mask=mask, backend="native")
+        query, key, value = inputs
+        if apart != "value":
+            key = key.transpose(1, 2).contiguous().transpose(1, 2)
+        if apart != "key":
+            value = value.transpose(1, 2).contiguous().transpose(1, 2)
+        out = mh.attention(query, key, value, mask=mask, backend="native")
+        assert torch.equal(out, expected)
+        for tensor in inputs:
+            tensor.mul_(-0.5)

@@ -19,9 +19,38 @@ inline void pack_rows(const float* from, int64_t stride, int64_t begin, int64_t 
   }
 }
 
-// The block of keys starting at `key`. Rows that do not follow each other closely, as in memory
-// laid out [B, L, H, D], fall on few cache sets when their distance is a power of two; they are
-// copied.
+// Rows that do not follow each other closely, as in memory laid out [B, L, H, D], fall on few cache
+// sets when their distance is a power of two. Their blocks are copied, and as many copies kept for
+// the next items of the same head as fit here.
+constexpr int64_t kPackedFloats = int64_t(1) << 19;
+
+inline bool packs_key(const Forward& call) { return call.key_stride[2] != call.D; }
+inline bool packs_value(const Forward& call) { return call.value_stride[2] != call.Dv; }
+inline int64_t packed_floats(const Forward& call) {
+  return kBlock * ((packs_key(call) ? call.D : 0) + (packs_value(call) ? call.Dv : 0));
+}
+inline int64_t num_slots(const Forward& call) {
+  const int64_t blocks = (call.Lk + kBlock - 1) / kBlock, floats = packed_floats(call);
+  return floats == 0 ? 0 : minimum(blocks, maximum(kPackedFloats / floats, 1));
+}
+
+// The slot of the block at `key`. Where the blocks outnumber the slots the first ones keep theirs:
+// taking turns, each would be gone before it is wanted again.
+inline Slot& slot_of(const Forward& call, const Workspace& work, int64_t key, Range keys) {
+  const int64_t slots = num_slots(call), index = key / kBlock, first = keys.begin / kBlock;
+  const bool all_fit = (keys.end + kBlock - 1) / kBlock - first <= slots;
+  return work.slots[all_fit ? index % slots : minimum(index - first, slots - 1)];
+}
+
+inline float* packed_rows(const Forward& call, const Workspace& work, const Slot& slot) {
+  return work.packed + (&slot - work.slots) * packed_floats(call);
+}
+
+inline bool holds(const Slot& slot, int64_t head, int64_t key) {
+  return slot.head == head && slot.key == key;
+}
+
+// The block of keys starting at `key`, where it lies or packed.
 inline KeyValue load_block(const Forward& call, const Workspace& work, int64_t b, int64_t hkv,
                            int64_t key, Range keys) {
   KeyValue kv{
@@ -29,16 +58,22 @@ inline KeyValue load_block(const Forward& call, const Workspace& work, int64_t b
       call.value + b * call.value_stride[0] + hkv * call.value_stride[1] +
           key * call.value_stride[2],
       call.key_stride[2], call.value_stride[2]};
-  const int64_t begin = maximum(keys.begin - key, 0) / kRowStep * kRowStep;
-  const int64_t end = minimum(keys.end - key + kRowStep - 1, minimum(kBlock, call.Lk - key));
-  if (kv.key_stride != call.D) {
-    pack_rows(kv.key, kv.key_stride, begin, end, call.D, work.key);
-    kv.key = work.key;
+  if (!work.slots) return kv;
+  Slot& slot = slot_of(call, work, key, keys);
+  const bool held = holds(slot, b * call.Hkv + hkv, key);
+  slot.head = b * call.Hkv + hkv;
+  slot.key = key;
+  const int64_t rows = minimum(kBlock, call.Lk - key);
+  float* packed = packed_rows(call, work, slot);
+  if (packs_key(call)) {
+    if (!held) pack_rows(kv.key, kv.key_stride, 0, rows, call.D, packed);
+    kv.key = packed;
     kv.key_stride = call.D;
+    packed += kBlock * call.D;
   }
-  if (kv.value_stride != call.Dv) {
-    pack_rows(kv.value, kv.value_stride, begin, end, call.Dv, work.value);
-    kv.value = work.value;
+  if (packs_value(call)) {
+    if (!held) pack_rows(kv.value, kv.value_stride, 0, rows, call.Dv, packed);
+    kv.value = packed;
     kv.value_stride = call.Dv;
   }
   return kv;
@@ -101,9 +136,9 @@ inline Scratch lay_out(const Forward& call, void* start) {
   scratch.work.soon = arena.take<Prefetcher>(1);
   scratch.work.scores = arena.take<float>(kBlock * kMaxLanes);
   scratch.work.bias = call.bias.dense ? arena.take<float>(kBlock * kMaxLanes) : nullptr;
-  scratch.work.key = call.key_stride[2] == call.D ? nullptr : arena.take<float>(kBlock * call.D);
-  scratch.work.value =
-      call.value_stride[2] == call.Dv ? nullptr : arena.take<float>(kBlock * call.Dv);
+  const int64_t slots = num_slots(call);
+  scratch.work.slots = slots ? arena.take<Slot>(slots) : nullptr;
+  scratch.work.packed = slots ? arena.take<float>(slots * packed_floats(call)) : nullptr;
   const bool dense = call.mask.kind == PlanKind::dense;
   scratch.work.allowed = dense ? arena.take<float>(kBlock * kMaxLanes) : nullptr;
   for (int i = 0; i < kMaxTiles; ++i) {
@@ -146,6 +181,25 @@ inline void want_query_rows(Prefetcher& soon, const Forward& call, const float* 
               (item.end + group - 1) / group, width);
 }
 
+// What load_block will read for the block at `key`, but for a V that lies as it should: the scores
+// leave time to fetch that.
+inline void want_block(const Forward& call, const Workspace& work, const Item& item, int64_t key,
+                       Range keys) {
+  if (key >= keys.end) return;
+  const int64_t end = minimum(key + kBlock, keys.end);
+  bool held = false;
+  if (work.slots) {
+    const Slot& slot = slot_of(call, work, key, keys);
+    held = holds(slot, item.b * call.Hkv + item.hkv, key);
+    const int64_t bytes = packed_floats(call) * int64_t(sizeof(float));
+    if (held) work.soon->want(packed_rows(call, work, slot), bytes, 1, bytes);
+  }
+  if (!held || !packs_key(call))
+    want_rows(*work.soon, call.key, call.key_stride, item.b, item.hkv, key, end, call.D);
+  if (!held && packs_value(call))
+    want_rows(*work.soon, call.value, call.value_stride, item.b, item.hkv, key, end, call.Dv);
+}
+
 // What to have in cache by the time the block at `key` is done: its V, the next block's K and, near
 // the item's end, the rows it will write and the next item's queries and first keys.
 inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& item, int64_t key,
@@ -156,12 +210,9 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   const bool first = key <= keys.begin, near_end = left <= kNearEnd;
   // Near the end the list runs on from block to block, so that the last lines have time to come.
   if (first || !near_end) soon.clear();
-  const int64_t next_end = minimum(block_end + kBlock, keys.end);
-  if (work.value)  // packed already; the next block's rows are wanted when it begins
-    want_rows(soon, call.value, call.value_stride, item.b, item.hkv, block_end, next_end, call.Dv);
-  else
+  if (!packs_value(call))
     want_rows(soon, call.value, call.value_stride, item.b, item.hkv, key, block_end, call.Dv);
-  want_rows(soon, call.key, call.key_stride, item.b, item.hkv, block_end, next_end, call.D);
+  want_block(call, work, item, block_end, keys);
   if (!near_end || (left + kBlock <= kNearEnd && !first)) return;
   want_query_rows(soon, call, call.out, call.out_stride, item, call.Dv);
   if (likely_next < 0) return;
@@ -173,6 +224,12 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   const int64_t next_key = same_head ? maximum(keys.begin - rows, 0) : 0;
   want_rows(soon, call.key, call.key_stride, next.b, next.hkv, next_key,
             minimum(next_key + kBlock, call.Lk), call.D);
+}
+
+// Before a thread's first item of a call: its memory may hold what another call left there.
+void begin(const Forward& call, void* memory) {
+  const Scratch scratch = lay_out(call, memory);
+  for (int64_t i = 0; i < num_slots(call); ++i) scratch.work.slots[i].head = -1;
 }
 
 // `likely_next` is a guess at the item this thread will be given next; its queries are fetched

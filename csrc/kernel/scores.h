@@ -15,11 +15,17 @@ struct Block {
   int64_t begin, end, core_begin, core_end;
 };
 
+// Whose block of K and V a packed copy is: that at `key` of head b * Hkv + hkv.
+struct Slot {
+  int64_t head, key;
+};
+
 struct Workspace {
-  float* scores;       // [kBlock][lanes]: raw scores, then weights
-  float* bias;         // [kBlock][lanes] where the call has a dense bias
-  float* allowed;      // [kBlock][lanes] of 0 and 1 where it has a dense mask
-  float *key, *value;  // [kBlock][D or Dv] where K's or V's rows have to be packed
+  float* scores;   // [kBlock][lanes]: raw scores, then weights
+  float* bias;     // [kBlock][lanes] where the call has a dense bias
+  float* allowed;  // [kBlock][lanes] of 0 and 1 where it has a dense mask
+  Slot* slots;     // null unless rows of K or V have to be packed
+  float* packed;   // a slot's [kBlock][D] of K, then [kBlock][Dv] of V, or the one that needs it
   Prefetcher* soon;
 };
 
