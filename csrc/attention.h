@@ -48,12 +48,16 @@ struct Bias {
   int64_t dense_stride[4];  // over b, h, row, key; the last is 1 or 0
 };
 
+enum class Type : int { float32, bfloat16, float16 };
+[[gnu::always_inline]] inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
 struct Forward {
   int64_t B, Hq, Hkv, Lq, Lk, D, Dv;
-  const float* query;  // [B, Hq, Lq, D]; rows contiguous (last stride 1), as in all four
-  const float* key;    // [B, Hkv, Lk, D]
-  const float* value;  // [B, Hkv, Lk, Dv]
-  float* out;          // [B, Hq, Lq, Dv]
+  Type type;          // of the four
+  const void* query;  // [B, Hq, Lq, D]; rows contiguous (last stride 1), as in all four
+  const void* key;    // [B, Hkv, Lk, D]
+  const void* value;  // [B, Hkv, Lk, Dv]
+  void* out;          // [B, Hq, Lq, Dv]
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // over b, h, row
   float* lse;          // [B, Hq, Lq] contiguous, or null
   const float* sinks;  // [Hq] or null
@@ -89,5 +93,8 @@ struct Choice {
 };
 Choice choose_kernels();
 const char* detected_isas();  // e.g. "avx512 avx2 scalar"
+// The half types whose matrix products this machine has a unit for (Intel's AMX), which PyTorch's
+// attention uses and these kernels do not: "", "bfloat16" or "bfloat16 float16".
+const char* matrix_unit_types();
 
 }  // namespace manyheads

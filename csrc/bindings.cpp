@@ -73,11 +73,19 @@ struct View {
   }
 };
 
+Type read_type(ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return Type::bfloat16;
+  if (dtype == ScalarType::Half) return Type::float16;
+  check(dtype == ScalarType::Float, "query float32, bfloat16 or float16");
+  return Type::float32;
+}
+
 void read_inputs(Forward& f, const Tensor& query, const Tensor& key, const Tensor& value) {
   const View q(query), k(key), v(value);
-  check(q.is(ScalarType::Float, 4), "query float32 [B, Hq, Lq, D]");
-  check(k.is(ScalarType::Float, 4), "key float32 [B, Hkv, Lk, D]");
-  check(v.is(ScalarType::Float, 4), "value float32 [B, Hkv, Lk, Dv]");
+  f.type = read_type(q.dtype);
+  check(q.dim == 4, "query [B, Hq, Lq, D]");
+  check(k.is(q.dtype, 4), "key [B, Hkv, Lk, D] of the query's dtype");
+  check(v.is(q.dtype, 4), "value [B, Hkv, Lk, Dv] of the query's dtype");
   f.B = q.sizes[0], f.Hq = q.sizes[1], f.Lq = q.sizes[2], f.D = q.sizes[3];
   f.Hkv = k.sizes[1], f.Lk = k.sizes[2], f.Dv = v.sizes[3];
   check(k.sizes[0] == f.B && v.sizes[0] == f.B, "one batch size in query, key and value");
@@ -87,7 +95,7 @@ void read_inputs(Forward& f, const Tensor& query, const Tensor& key, const Tenso
   check(f.Hkv > 0 ? f.Hq % f.Hkv == 0 : f.Hq == 0, "query heads a multiple of key/value heads");
   check(f.Lq < kUnbounded && f.Lk < kUnbounded, "lengths below 2^29");
   check(q.unit_stride(3) && k.unit_stride(3) && v.unit_stride(3), "rows contiguous in memory");
-  f.query = q.as<float>(), f.key = k.as<float>(), f.value = v.as<float>();
+  f.query = q.data, f.key = k.data, f.value = v.data;
   std::copy_n(q.strides, 3, f.query_stride);
   std::copy_n(k.strides, 3, f.key_stride);
   std::copy_n(v.strides, 3, f.value_stride);
@@ -191,9 +199,12 @@ void read_bias(Forward& f, const OptionalTensor& slopes, const OptionalTensor& d
   }
 }
 
-Tensor empty_float(int64_t rank, const int64_t* sizes, const int64_t* strides) {
+Tensor empty(Type type, int64_t rank, const int64_t* sizes, const int64_t* strides) {
+  const int32_t dtype = type == Type::bfloat16  ? aoti_torch_dtype_bfloat16()
+                        : type == Type::float16 ? aoti_torch_dtype_float16()
+                                                : aoti_torch_dtype_float32();
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, aoti_torch_dtype_float32(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -221,27 +232,27 @@ Tensor make_out(Forward& f) {
   const int64_t heads = std::max<int64_t>(f.Hq, 1), rows = std::max<int64_t>(f.Lq, 1);
   const int64_t strides[] = {heads * rows * f.Dv, heads_inside_rows ? f.Dv : rows * f.Dv,
                              heads_inside_rows ? heads * f.Dv : f.Dv, 1};
-  Tensor out = empty_float(4, sizes, strides);
+  Tensor out = empty(f.type, 4, sizes, strides);
   std::copy_n(strides, 3, f.out_stride);
-  f.out = static_cast<float*>(out.mutable_data_ptr());
-  prefer_large_pages(f.out, f.B * f.Hq * f.Lq * f.Dv * int64_t(sizeof(float)));
+  f.out = out.mutable_data_ptr();
+  prefer_large_pages(f.out, f.B * f.Hq * f.Lq * f.Dv * size_of(f.type));
   return out;
 }
 
 Tensor make_lse(Forward& f, bool need_lse) {
   const int64_t none = 0, one = 1;
-  if (!need_lse) return empty_float(1, &none, &one);
+  if (!need_lse) return empty(Type::float32, 1, &none, &one);
   const int64_t sizes[] = {f.B, f.Hq, f.Lq};
   const int64_t heads = std::max<int64_t>(f.Hq, 1), rows = std::max<int64_t>(f.Lq, 1);
   const int64_t strides[] = {heads * rows, rows, 1};
-  Tensor lse = empty_float(3, sizes, strides);
+  Tensor lse = empty(Type::float32, 3, sizes, strides);
   f.lse = static_cast<float*>(lse.mutable_data_ptr());
   return lse;
 }
 
 // No keys: no query may attend to anything, sinks or not.
 void fill_without_keys(const Forward& f) {
-  std::fill_n(f.out, f.B * f.Hq * f.Lq * f.Dv, 0.0f);  // either layout is dense
+  std::memset(f.out, 0, size_t(f.B * f.Hq * f.Lq * f.Dv * size_of(f.type)));  // dense either way
   if (f.lse) std::fill_n(f.lse, f.B * f.Hq * f.Lq, -std::numeric_limits<float>::infinity());
 }
 
@@ -366,11 +377,12 @@ double fma_peak(double seconds) {
   return double(steps) * choice.kernels->flops_per_step / elapsed * 1e-9;
 }
 
-// (ISA in use, every ISA this machine has, why none is in use): one of the first and third is "".
-std::tuple<std::string, std::string, std::string> cpu_kernels() {
+// (ISA in use, every ISA this machine has, why none is in use, matrix_unit_types()): one of the
+// first and third is "".
+std::tuple<std::string, std::string, std::string, std::string> cpu_kernels() {
   const Choice choice = choose_kernels();
   return {choice.kernels ? choice.kernels->name : "", detected_isas(),
-          choice.error ? choice.error : ""};
+          choice.error ? choice.error : "", matrix_unit_types()};
 }
 
 }  // namespace
@@ -383,7 +395,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
       "SymInt distance_offset, Tensor? dense_bias, bool need_lse) -> (Tensor out, Tensor lse)");
   m.def("fma_peak(float seconds) -> float");
-  m.def("cpu_kernels() -> (str name, str detected, str error)");
+  m.def("cpu_kernels() -> (str name, str detected, str error, str matrix_types)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {

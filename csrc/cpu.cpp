@@ -27,6 +27,9 @@ enum Feature : unsigned {
   kAvx512Dq = 1u << 3,
   kAvx512Bw = 1u << 4,
   kAvx512Vl = 1u << 5,
+  kF16c = 1u << 6,
+  kAmxBfloat16 = 1u << 7,
+  kAmxFloat16 = 1u << 8,
 };
 
 struct Isa {
@@ -38,7 +41,7 @@ struct Isa {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {kKernelsAvx512, kAvx2 | kFma | kAvx512F | kAvx512Dq | kAvx512Bw | kAvx512Vl},
-    {kKernelsAvx2, kAvx2 | kFma},
+    {kKernelsAvx2, kAvx2 | kFma | kF16c},
 #endif
     {kKernelsScalar, 0},
 };
@@ -54,21 +57,27 @@ uint64_t saved_register_state() {
 unsigned detect_features() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
-  constexpr unsigned kOsXsave = 1u << 27, kAvx = 1u << 28, kFmaBit = 1u << 12;
+  constexpr unsigned kOsXsave = 1u << 27, kAvx = 1u << 28, kFmaBit = 1u << 12, kF16cBit = 1u << 29;
   if (!(ecx & kOsXsave) || !(ecx & kAvx)) return 0;
   const uint64_t saved = saved_register_state();
   constexpr uint64_t kYmm = 0x06;  // SSE and upper halves of YMM
   constexpr uint64_t kZmm = 0xe6;  // those, mask registers, both parts of ZMM
   if ((saved & kYmm) != kYmm) return 0;
-  const unsigned fma = (ecx & kFmaBit) ? unsigned(kFma) : 0u;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return fma;
-  unsigned found = fma;
+  unsigned found = 0;
+  if (ecx & kFmaBit) found |= kFma;
+  if (ecx & kF16cBit) found |= kF16c;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return found;
   if (ebx & (1u << 5)) found |= kAvx2;
   if ((saved & kZmm) == kZmm) {
     if (ebx & (1u << 16)) found |= kAvx512F;
     if (ebx & (1u << 17)) found |= kAvx512Dq;
     if (ebx & (1u << 30)) found |= kAvx512Bw;
     if (ebx & (1u << 31)) found |= kAvx512Vl;
+  }
+  constexpr uint64_t kTiles = 0x60000;  // AMX's tile registers and their configuration
+  if ((saved & kTiles) == kTiles) {
+    if (edx & (1u << 22)) found |= kAmxBfloat16;
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 21))) found |= kAmxFloat16;
   }
   return found;
 }
@@ -79,10 +88,12 @@ unsigned detect_features() { return 0; }
 
 #endif
 
-bool available(const Isa& isa) {
-  static const unsigned features = detect_features();
-  return (features & isa.required) == isa.required;
+unsigned features() {
+  static const unsigned found = detect_features();
+  return found;
 }
+
+bool available(const Isa& isa) { return (features() & isa.required) == isa.required; }
 
 std::string list_detected() {
   std::string names;
@@ -117,6 +128,11 @@ Choice choose_kernels() {
 const char* detected_isas() {
   static const std::string names = list_detected();
   return names.c_str();
+}
+
+const char* matrix_unit_types() {
+  if (features() & kAmxFloat16) return "bfloat16 float16";
+  return features() & kAmxBfloat16 ? "bfloat16" : "";
 }
 
 }  // namespace manyheads

@@ -42,6 +42,52 @@ inline void store_some(float* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = x.v[i];
 }
 
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float from_float16(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
+  // As a float's bits the exponent is 112 too small; the product also makes subnormals normal.
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p+112f));
+}
+inline uint16_t to_float16(float x) {  // to the nearest, ties to even; NaN stays NaN
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000, rest = bits_of(x) & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more: inf
+  if (rest < 0x38800000)  // below 2^-14: this sum's last bit is float16's smallest step
+    return uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)));
+  return uint16_t(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112 << 10)));
+}
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_of(x), high = bits >> 16;
+  return uint16_t(x != x ? high | 0x40 : (bits + 0x7fff + (high & 1)) >> 16);
+}
+// 4 values of a half type
+inline Vec load_bfloat16(const uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < 4; ++i) x.v[i] = float_of(uint32_t(p[i]) << 16);
+  return x;
+}
+inline Vec load_float16(const uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < 4; ++i) x.v[i] = from_float16(p[i]);
+  return x;
+}
+inline void store_bfloat16(uint16_t* p, Vec x) {
+  for (int i = 0; i < 4; ++i) p[i] = to_bfloat16(x.v[i]);
+}
+inline void store_float16(uint16_t* p, Vec x) {
+  for (int i = 0; i < 4; ++i) p[i] = to_float16(x.v[i]);
+}
+
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }

@@ -53,11 +53,12 @@ def test_grid(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize("isa", [i for i in mh.info().available_isas if i != mh.info().isa])
 def test_grid_under_another_isa(isa: str) -> None:
-    """The native cases of this file once more, in a process that is forced to use `isa`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native"]
+    """The native cases of this file, and all of test_half.py, in a process forced to use `isa`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    files = [__file__, str(Path(__file__).with_name("test_half.py"))]
     environment = {**os.environ, "MANYHEADS_ISA": isa}
     ran = subprocess.run(
-        [*command, "--deselect", f"{__file__}::test_grid_under_another_isa", __file__],
+        [*command, "-k", "(test_attention and native) or test_half", *files],
         env=environment,
         capture_output=True,
         text=True,
@@ -74,8 +75,16 @@ def test_native_uses_the_forced_isa() -> None:
     assert mh.info().isa == (forced or mh.info().available_isas[0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in BACKENDS
+        for dtype in (torch.bfloat16, torch.float16, torch.float64)
+        if (backend, dtype) != ("native", torch.float64)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("mask", MASKS)
 def test_other_dtypes(backend: str, dtype: torch.dtype, mask: str) -> None:
     case = Case(mask, "alibi", (6, 2), (17, 5), (23, 31), dtype=dtype)

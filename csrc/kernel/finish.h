@@ -55,9 +55,11 @@ inline void finish_tile(const Forward& call, Tile& tile) {
   for (int64_t v = 0; v < lanes; v += W) {
     const Vec sum = load(total.sum + v);
     const Vec inverse = select(equal(sum, zero()), zero(), set(1.0f) / sum);
-    float* rows_out[W];
+    void* rows_out[W];
     const int64_t real = minimum(W, tile.count - v);
-    for (int i = 0; i < real; ++i) rows_out[i] = at_lane(call.out, call.out_stride, tile, v + i);
+    for (int64_t i = 0; i < real; ++i)
+      rows_out[i] =
+          row_at(call.out, call.type, call.out_stride, tile.b, tile.head[v + i], tile.row[v + i]);
     for (int64_t d = 0; d < call.Dv; d += W) {
       const int64_t columns = minimum(W, call.Dv - d);
       Vec rows[W];
@@ -65,12 +67,7 @@ inline void finish_tile(const Forward& call, Tile& tile) {
         rows[i] =
             i < columns ? divide(load(total.out + (d + i) * lanes + v), sum, inverse) : zero();
       transpose(rows);
-      for (int64_t i = 0; i < real; ++i) {
-        if (columns == W)
-          store(rows_out[i] + d, rows[i]);
-        else
-          store_some(rows_out[i] + d, rows[i], columns);
-      }
+      for (int64_t i = 0; i < real; ++i) store_row(call.type, rows_out[i], d, columns, rows[i]);
     }
   }
 }

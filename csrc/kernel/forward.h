@@ -6,26 +6,29 @@
 
 namespace {
 
-// Rows [begin, end) of `from`, packed at the same rows of `to`.
-inline void pack_rows(const float* from, int64_t stride, int64_t begin, int64_t end, int64_t width,
+// The first `rows` rows of `from`, `stride` elements apart, packed into float32.
+inline void pack_rows(Type type, const void* from, int64_t stride, int64_t rows, int64_t width,
                       float* to) {
   constexpr int W = Vec::kLanes;
-  for (int64_t row = begin; row < end; ++row) {
-    const float* p = from + row * stride;
-    float* q = to + row * width;
+  for (int64_t row = 0; row < rows; ++row, to += width) {
+    const void* p = static_cast<const char*>(from) + row * stride * size_of(type);
     int64_t d = 0;
-    for (; d + W <= width; d += W) store(q + d, load(p + d));
-    if (d < width) store_some(q + d, load_some(p + d, width - d), width - d);
+    for (; d + W <= width; d += W) store(to + d, load_row(type, p, d, W));
+    if (d < width) store_some(to + d, load_row(type, p, d, width - d), width - d);
   }
 }
 
 // Rows that do not follow each other closely, as in memory laid out [B, L, H, D], fall on few cache
-// sets when their distance is a power of two. Their blocks are copied, and as many copies kept for
-// the next items of the same head as fit here.
+// sets when their distance is a power of two; half types have to be widened. Such blocks are
+// copied, and as many copies kept for the next items of the same head as fit here.
 constexpr int64_t kPackedFloats = int64_t(1) << 19;
 
-inline bool packs_key(const Forward& call) { return call.key_stride[2] != call.D; }
-inline bool packs_value(const Forward& call) { return call.value_stride[2] != call.Dv; }
+inline bool packs_key(const Forward& call) {
+  return call.key_stride[2] != call.D || call.type != Type::float32;
+}
+inline bool packs_value(const Forward& call) {
+  return call.value_stride[2] != call.Dv || call.type != Type::float32;
+}
 inline int64_t packed_floats(const Forward& call) {
   return kBlock * ((packs_key(call) ? call.D : 0) + (packs_value(call) ? call.Dv : 0));
 }
@@ -53,28 +56,23 @@ inline bool holds(const Slot& slot, int64_t head, int64_t key) {
 // The block of keys starting at `key`, where it lies or packed.
 inline KeyValue load_block(const Forward& call, const Workspace& work, int64_t b, int64_t hkv,
                            int64_t key, Range keys) {
-  KeyValue kv{
-      call.key + b * call.key_stride[0] + hkv * call.key_stride[1] + key * call.key_stride[2],
-      call.value + b * call.value_stride[0] + hkv * call.value_stride[1] +
-          key * call.value_stride[2],
-      call.key_stride[2], call.value_stride[2]};
+  const void* k = row_at(call.key, call.type, call.key_stride, b, hkv, key);
+  const void* v = row_at(call.value, call.type, call.value_stride, b, hkv, key);
+  KeyValue kv{static_cast<const float*>(k), static_cast<const float*>(v), call.D, call.Dv};
   if (!work.slots) return kv;
   Slot& slot = slot_of(call, work, key, keys);
   const bool held = holds(slot, b * call.Hkv + hkv, key);
-  slot.head = b * call.Hkv + hkv;
-  slot.key = key;
+  slot = {b * call.Hkv + hkv, key};
   const int64_t rows = minimum(kBlock, call.Lk - key);
   float* packed = packed_rows(call, work, slot);
   if (packs_key(call)) {
-    if (!held) pack_rows(kv.key, kv.key_stride, 0, rows, call.D, packed);
+    if (!held) pack_rows(call.type, k, call.key_stride[2], rows, call.D, packed);
     kv.key = packed;
-    kv.key_stride = call.D;
     packed += kBlock * call.D;
   }
   if (packs_value(call)) {
-    if (!held) pack_rows(kv.value, kv.value_stride, 0, rows, call.Dv, packed);
+    if (!held) pack_rows(call.type, v, call.value_stride[2], rows, call.Dv, packed);
     kv.value = packed;
-    kv.value_stride = call.Dv;
   }
   return kv;
 }
@@ -168,16 +166,18 @@ inline Item find_item(const Forward& call, int64_t index) {
 }
 
 // Rows [begin, end) of one head of a [B, H, L, D] tensor.
-inline void want_rows(Prefetcher& soon, const float* data, const int64_t (&stride)[3], int64_t b,
-                      int64_t head, int64_t begin, int64_t end, int64_t width) {
-  soon.want(data + b * stride[0] + head * stride[1] + begin * stride[2], stride[2] * 4, end - begin,
-            width * 4);
+inline void want_rows(Prefetcher& soon, const Forward& call, const void* data,
+                      const int64_t (&stride)[3], int64_t b, int64_t head, int64_t begin,
+                      int64_t end, int64_t width) {
+  const int64_t size = size_of(call.type);
+  soon.want(row_at(data, call.type, stride, b, head, begin), stride[2] * size, end - begin,
+            width * size);
 }
-inline void want_query_rows(Prefetcher& soon, const Forward& call, const float* data,
+inline void want_query_rows(Prefetcher& soon, const Forward& call, const void* data,
                             const int64_t (&stride)[3], const Item& item, int64_t width) {
   const int64_t group = call.Hq / call.Hkv;
   for (int64_t g = 0; g < group; ++g)
-    want_rows(soon, data, stride, item.b, item.hkv * group + g, item.first / group,
+    want_rows(soon, call, data, stride, item.b, item.hkv * group + g, item.first / group,
               (item.end + group - 1) / group, width);
 }
 
@@ -195,9 +195,9 @@ inline void want_block(const Forward& call, const Workspace& work, const Item& i
     if (held) work.soon->want(packed_rows(call, work, slot), bytes, 1, bytes);
   }
   if (!held || !packs_key(call))
-    want_rows(*work.soon, call.key, call.key_stride, item.b, item.hkv, key, end, call.D);
+    want_rows(*work.soon, call, call.key, call.key_stride, item.b, item.hkv, key, end, call.D);
   if (!held && packs_value(call))
-    want_rows(*work.soon, call.value, call.value_stride, item.b, item.hkv, key, end, call.Dv);
+    want_rows(*work.soon, call, call.value, call.value_stride, item.b, item.hkv, key, end, call.Dv);
 }
 
 // What to have in cache by the time the block at `key` is done: its V, the next block's K and, near
@@ -211,7 +211,7 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   // Near the end the list runs on from block to block, so that the last lines have time to come.
   if (first || !near_end) soon.clear();
   if (!packs_value(call))
-    want_rows(soon, call.value, call.value_stride, item.b, item.hkv, key, block_end, call.Dv);
+    want_rows(soon, call, call.value, call.value_stride, item.b, item.hkv, key, block_end, call.Dv);
   want_block(call, work, item, block_end, keys);
   if (!near_end || (left + kBlock <= kNearEnd && !first)) return;
   want_query_rows(soon, call, call.out, call.out_stride, item, call.Dv);
@@ -222,7 +222,7 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   const int64_t rows = (next.end - next.first) / (call.Hq / call.Hkv);
   const bool same_head = next.hkv == item.hkv && next.b == item.b;
   const int64_t next_key = same_head ? maximum(keys.begin - rows, 0) : 0;
-  want_rows(soon, call.key, call.key_stride, next.b, next.hkv, next_key,
+  want_rows(soon, call, call.key, call.key_stride, next.b, next.hkv, next_key,
             minimum(next_key + kBlock, call.Lk), call.D);
 }
 

@@ -3,7 +3,7 @@
 // too: lane i of a tile holds flat query f = first + i, which is row f / G of head hkv * G + f % G.
 #pragma once
 
-#include "../attention.h"
+#include "half.h"
 
 using namespace manyheads;
 
@@ -77,6 +77,14 @@ inline void name_lanes(const Forward& call, Tile& tile) {
   }
 }
 
+// Row [b, head, row] of a [B, H, L, D] tensor.
+template <class Void>
+inline Void* row_at(Void* data, Type type, const int64_t (&stride)[3], int64_t b, int64_t head,
+                    int64_t row) {
+  const int64_t element = b * stride[0] + head * stride[1] + row * stride[2];
+  return reinterpret_cast<Void*>(uintptr_t(data) + uintptr_t(element * size_of(type)));
+}
+
 // Element [b, head, row, 0] of a [B, H, L, D] tensor for one lane.
 template <class T>
 inline T* at_lane(T* data, const int64_t (&stride)[3], const Tile& tile, int64_t lane) {
@@ -146,13 +154,16 @@ inline void pack_query(const Forward& call, Tile& tile) {
   const int64_t lanes = tile.lanes();
   const Vec sign = set(call.scale < 0 ? -1.0f : 1.0f);
   for (int v = 0; v < tile.vectors; ++v) {
-    const float* source[W];
-    for (int i = 0; i < W; ++i) source[i] = at_lane(call.query, call.query_stride, tile, v * W + i);
+    const void* source[W];
+    for (int i = 0; i < W; ++i) {
+      const int lane = v * W + i;
+      source[i] =
+          row_at(call.query, call.type, call.query_stride, tile.b, tile.head[lane], tile.row[lane]);
+    }
     for (int64_t d = 0; d < call.D; d += W) {
       const int64_t columns = minimum(W, call.D - d);
       Vec rows[W];
-      for (int i = 0; i < W; ++i)
-        rows[i] = columns == W ? load(source[i] + d) : load_some(source[i] + d, columns);
+      for (int i = 0; i < W; ++i) rows[i] = load_row(call.type, source[i], d, columns);
       transpose(rows);
       for (int64_t i = 0; i < columns; ++i)
         store(tile.query + (d + i) * lanes + v * W, rows[i] * sign);

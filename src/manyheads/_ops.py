@@ -32,11 +32,14 @@ class CpuKernels(NamedTuple):
     name: "avx512", "avx2" or "scalar"; None if there is no library or MANYHEADS_ISA is wrong.
     detected: every one this machine can run, best first.
     error: what is wrong with MANYHEADS_ISA, or None.
+    matrix_dtypes: those that the processor has a matrix unit for (AMX). PyTorch's attention uses
+        it, these kernels do not.
     """
 
     name: str | None
     detected: tuple[str, ...]
     error: str | None
+    matrix_dtypes: tuple[torch.dtype, ...] = ()
 
 
 def cpu_kernels() -> CpuKernels:
@@ -71,8 +74,9 @@ def _load_library() -> str | None:
 def _read_cpu_kernels() -> CpuKernels:
     if LIBRARY_ERROR is not None:
         return CpuKernels(None, (), None)
-    name, detected, error = torch.ops.manyheads.cpu_kernels()
-    return CpuKernels(name or None, tuple(detected.split()), error or None)
+    name, detected, error, types = torch.ops.manyheads.cpu_kernels()
+    dtypes = tuple(getattr(torch, name) for name in types.split())
+    return CpuKernels(name or None, tuple(detected.split()), error or None, dtypes)
 
 
 def _fake_forward(

@@ -134,13 +134,21 @@ def _choose(
             )
     refusals: list[tuple[str, tuple[str, ...]]] = []
     too_big = False
+    able: ModuleType | None = None  # but slower than another, should one be able too
     for candidate in candidates:
         reasons = candidate.why_not(spec)
         if not reasons:
-            note = candidate.memory_note(spec) if strict else None
-            if note is None:
+            note = candidate.memory_note(spec)
+            slower = getattr(candidate, "slower_here", lambda spec: None)(spec)
+            if note is not None and (strict or able is not None):
+                too_big = strict
+                reasons = [note]
+            elif slower is not None and backend is None:
+                able = able or candidate
+                reasons = [slower]
+            else:
                 return candidate, refusals, False
-            too_big = True
-            reasons = [note]
         refusals.append((candidate.NAME, tuple(reasons)))
+    if able is not None:
+        return able, [refusal for refusal in refusals if refusal[0] != able.NAME], False
     return None, refusals, too_big

@@ -1,7 +1,8 @@
-"""Our own kernels: float32 attention on the CPU, for AVX-512, AVX2 or plain C++.
+"""Our own kernels: attention on the CPU, for AVX-512, AVX2 or plain C++.
 
-K and V are taken with any strides, as long as each row is contiguous: rows that follow each other
-are read in place, others are copied a block at a time. Grouped heads share them, masked blocks are
+float32, bfloat16 and float16; every product and sum is float32. K and V are taken with any strides,
+as long as each row is contiguous: float32 rows that follow each other are read in place, others are
+copied, and widened, a block at a time. Grouped heads share them, masked blocks are
 skipped, and memory beyond inputs and output is a few tiles per thread.
 """
 
@@ -23,6 +24,9 @@ from manyheads.spec import (
 NAME = "native"
 
 _MAX_HEAD_DIM = 256
+#: Fewer query rows do not pay for what PyTorch packs for the matrix unit.
+_MATRIX_UNIT_ROWS = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(spec: AttentionSpec) -> list[str]:
@@ -38,8 +42,9 @@ def why_not(spec: AttentionSpec) -> list[str]:
         reasons.append(_ops.LIBRARY_ERROR)
     if spec.device != "cpu":
         reasons.append(f"tensors are on {spec.device}, these kernels run on the cpu")
-    if spec.dtype is not torch.float32:
-        reasons.append(f"dtype is {spec.dtype}, these kernels take torch.float32")
+    if spec.dtype not in _DTYPES:
+        names = ", ".join(map(str, _DTYPES))
+        reasons.append(f"dtype is {spec.dtype}, these kernels take {names}")
     if spec.needs_grad:
         reasons.append("a gradient is needed, these kernels have no backward yet")
     if spec.dropout:
@@ -51,6 +56,19 @@ def why_not(spec: AttentionSpec) -> list[str]:
     if spec.transformed and not spec.only_mapped:
         reasons.append("inside a torch.func transform other than vmap, or vmap with a gradient")
     return reasons
+
+
+def slower_here(spec: AttentionSpec) -> str | None:
+    """Why another backend that can run this call is expected to be faster; None if none is."""
+    plain = spec.plan == "full" or spec.causal
+    plain &= not (spec.bias or spec.softcap or spec.sinks or spec.needs_lse or spec.dropout)
+    unit = spec.dtype in _ops.cpu_kernels().matrix_dtypes
+    if unit and plain and spec.head_dim == spec.value_dim and spec.q_len >= _MATRIX_UNIT_ROWS:
+        return (
+            f"{spec.dtype} with a full or causal mask: PyTorch's kernel uses this processor's "
+            "matrix unit (AMX), these kernels do not"
+        )
+    return None
 
 
 def about() -> str:
@@ -66,8 +84,8 @@ def memory_note(spec: AttentionSpec) -> str | None:
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Compute the call; only for specs that `why_not` has nothing against.
 
-    Returns out float32 [B, Hq, Lq, Dv] in the query's memory layout, and lse float32 [B, Hq, Lq]
-    if the call needs it.
+    Returns out [B, Hq, Lq, Dv] in the query's dtype and memory layout, and lse float32
+    [B, Hq, Lq] if the call needs it.
     """
     plan, bias = call.plan, call.bias
     band, band_rows = _band(call)

@@ -1,0 +1,42 @@
+// Rows of bfloat16 and float16 read and written as float32: half types are widened where their data
+// is packed anyway, and every sum is float32.
+#pragma once
+
+#include "../attention.h"
+
+namespace {
+
+using manyheads::size_of;
+using manyheads::Type;
+
+// Values i .. i + n of a row, n at most kLanes; the other lanes are zero and not read.
+inline Vec load_row(Type type, const void* row, int64_t i, int64_t n) {
+  constexpr int W = Vec::kLanes;
+  if (type == Type::float32) {
+    const float* p = static_cast<const float*>(row) + i;
+    return n == W ? load(p) : load_some(p, n);
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(row) + i;
+  uint16_t some[W] = {};
+  if (n < W) {
+    __builtin_memcpy(some, p, n * sizeof(uint16_t));
+    p = some;
+  }
+  return type == Type::bfloat16 ? load_bfloat16(p) : load_float16(p);
+}
+
+inline void store_row(Type type, void* row, int64_t i, int64_t n, Vec x) {
+  constexpr int W = Vec::kLanes;
+  if (type == Type::float32) {
+    float* p = static_cast<float*>(row) + i;
+    n == W ? store(p, x) : store_some(p, x, n);
+    return;
+  }
+  uint16_t* p = static_cast<uint16_t*>(row) + i;
+  uint16_t some[W];
+  uint16_t* to = n < W ? some : p;
+  type == Type::bfloat16 ? store_bfloat16(to, x) : store_float16(to, x);
+  if (n < W) __builtin_memcpy(p, some, n * sizeof(uint16_t));
+}
+
+}  // namespace
