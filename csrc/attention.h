@@ -70,17 +70,22 @@ struct Forward {
   Bias bias;
 };
 
+constexpr int kMaxHeadDim = 256;
+
 // One ISA's kernels. A call is cut into `num_items` independent items, in the order they should be
 // handed out; any thread may run any item, with `scratch_bytes` of 64-byte-aligned memory of its
-// own on which it has called `begin`. Neighbours share keys, so that runs of them are fastest.
+// own on which it has called `begin`, and with `shared_bytes` for all threads, on which one of them
+// has called `prepare` before. Neighbours share keys, so that runs of them are fastest.
 // `likely_next` is a guess at the item the same thread will run next (-1: none), to fetch its data
 // ahead.
 struct Kernels {
   const char* name;
   int64_t (*num_items)(const Forward&);
   int64_t (*scratch_bytes)(const Forward&);
+  int64_t (*shared_bytes)(const Forward&);
+  void (*prepare)(const Forward&, void* shared);
   void (*begin)(const Forward&, void* scratch);
-  void (*forward)(const Forward&, int64_t item, int64_t likely_next, void* scratch);
+  void (*forward)(const Forward&, int64_t item, int64_t likely_next, void* scratch, void* shared);
   double flops_per_step;  // of multiply_add, which measures what this ISA can do at best
   float (*multiply_add)(int64_t steps);
 };

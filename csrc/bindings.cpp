@@ -91,7 +91,8 @@ void read_inputs(Forward& f, const Tensor& query, const Tensor& key, const Tenso
   check(k.sizes[0] == f.B && v.sizes[0] == f.B, "one batch size in query, key and value");
   check(v.sizes[1] == f.Hkv && v.sizes[2] == f.Lk, "one head count and length in key and value");
   check(k.sizes[3] == f.D, "one head size in query and key");
-  check(f.D >= 1 && f.D <= 256 && f.Dv >= 1 && f.Dv <= 256, "head sizes from 1 to 256");
+  check(f.D >= 1 && f.D <= kMaxHeadDim && f.Dv >= 1 && f.Dv <= kMaxHeadDim,
+        "head sizes from 1 to 256");
   check(f.Hkv > 0 ? f.Hq % f.Hkv == 0 : f.Hq == 0, "query heads a multiple of key/value heads");
   check(f.Lq < kUnbounded && f.Lk < kUnbounded, "lengths below 2^29");
   check(q.unit_stride(3) && k.unit_stride(3) && v.unit_stride(3), "rows contiguous in memory");
@@ -300,8 +301,10 @@ void run_items(const Kernels& kernels, const Forward& f) {
   // Short enough that no thread waits long for the last one.
   const int64_t run = std::clamp<int64_t>(items / (threads * 32), 1, 4);
   const size_t each = (size_t(kernels.scratch_bytes(f)) + 63) / 64 * 64;
-  const Scratch scratch(each * size_t(threads));
+  const Scratch scratch(each * size_t(threads) + size_t(kernels.shared_bytes(f)));
   std::byte* const memory = scratch.data();
+  std::byte* const shared = memory + each * size_t(threads);
+  kernels.prepare(f, shared);
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t first, int64_t last) noexcept {
     for (int64_t worker = first; worker < last; ++worker) {
@@ -311,7 +314,7 @@ void run_items(const Kernels& kernels, const Forward& f) {
         const int64_t end = std::min(start + run, items);
         for (int64_t item = start; item < end; ++item) {
           const int64_t later = item + 1 < end ? item + 1 : item + 1 + (threads - 1) * run;
-          kernels.forward(f, item, later < items ? later : -1, mine);
+          kernels.forward(f, item, later < items ? later : -1, mine, shared);
         }
       }
     }

@@ -1,11 +1,10 @@
 // clang-format off: the vectors come first, the kernels are written over them
 #include "vec_avx2.h"
-#include "kernel/forward.h"
-#include "kernel/peak.h"
+#include "kernel/entry.h"
 // clang-format on
 
 namespace manyheads {
 extern const Kernels kKernelsAvx2;
-const Kernels kKernelsAvx2{"avx2",  num_items,     scratch_bytes, begin,
-                           forward, kFlopsPerStep, multiply_add};
+const Kernels kKernelsAvx2{"avx2", num_items, scratch_bytes, shared_bytes, prepare,
+                           begin,  forward,   kFlopsPerStep, multiply_add};
 }  // namespace manyheads

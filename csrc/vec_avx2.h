@@ -98,6 +98,34 @@ inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
 }
 inline Vec gather(const float* base, VecI index) { return {_mm256_i32gather_ps(base, index.v, 4)}; }
 
+inline VecI count_up(int32_t first) {  // first, first + 1, ...
+  return set_int(first) + VecI{_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)};
+}
+inline float sum_of_lanes(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float largest_lane(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+// lane i: the sum of the lanes of rows[i]
+inline Vec sum_lanes(const Vec (&rows)[8]) {
+  __m256 a[4], b[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v),
+                         _mm256_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
+                         _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20),
+                        _mm256_permute2f128_ps(b[0], b[1], 0x31))};
+}
+
 // 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below kNothing (so at -inf), NaN
 // at NaN.
 // 2^x = 2^n 2^f with n the nearest integer: a degree-6 minimax polynomial for 2^f on [-1/2, 1/2]

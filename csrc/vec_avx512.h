@@ -90,6 +90,31 @@ inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
 }
 inline Vec gather(const float* base, VecI index) { return {_mm512_i32gather_ps(index.v, base, 4)}; }
 
+inline VecI count_up(int32_t first) {  // first, first + 1, ...
+  return set_int(first) +
+         VecI{_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+inline float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// lane i: the sum of the lanes of rows[i]
+inline Vec sum_lanes(const Vec (&rows)[16]) {
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v),
+                         _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
+                         _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
+                        _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
+}
+
 // 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below kNothing (so at -inf),
 // NaN at NaN. 2^x = 2^floor(x) 2^f
 // with f in [0, 1): a degree-6 minimax polynomial for 2^f (relative error 6.5e-8 in float32) whose

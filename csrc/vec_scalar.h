@@ -143,6 +143,21 @@ inline Vec gather(const float* base, VecI index) {
   return {Vec::Type{base[index.v[0]], base[index.v[1]], base[index.v[2]], base[index.v[3]]}};
 }
 
+inline VecI count_up(int32_t first) {  // first, first + 1, ...
+  return {VecI::Type{first, first + 1, first + 2, first + 3}};
+}
+inline float sum_of_lanes(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float largest_lane(Vec a) {
+  const Vec b = max(a, {__builtin_shufflevector(a.v, a.v, 2, 3, 0, 1)});
+  return b.v[0] > b.v[1] ? b.v[0] : b.v[1];
+}
+// lane i: the sum of the lanes of rows[i]
+inline Vec sum_lanes(const Vec (&rows)[4]) {
+  Vec sums;
+  for (int i = 0; i < 4; ++i) sums.v[i] = sum_of_lanes(rows[i]);
+  return sums;
+}
+
 // 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below kNothing (so at -inf), NaN
 // at NaN.
 // The same method and polynomial as in vec_avx2.h.

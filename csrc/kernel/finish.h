@@ -27,10 +27,11 @@ inline void add_sinks(const Forward& call, const Tile& tile, Partial& total) {
 }
 
 // log-sum-exp per lane, in natural units.
-inline void store_lse(const Forward& call, const Tile& tile, const Partial& total) {
+inline void store_lse(const Forward& call, const Tile& tile, const float* maxima,
+                      const float* sums) {
   const double scale = transforms(call) ? 1.0 : __builtin_fabs(double(call.scale));
   for (int lane = 0; lane < tile.count; ++lane) {
-    const float max = total.max[lane], sum = total.sum[lane];
+    const float max = maxima[lane], sum = sums[lane];
     const double base = max == -kInfinity ? 0.0 : double(max) * scale;
     call.lse[(tile.b * call.Hq + tile.head[lane]) * call.Lq + tile.row[lane]] =
         sum == 0 ? -kInfinity : float(base + __builtin_log(double(sum)));
@@ -51,7 +52,7 @@ inline void finish_tile(const Forward& call, Tile& tile) {
   const int64_t lanes = tile.lanes();
   Partial& total = total_of(call, tile);
   if (call.sinks) add_sinks(call, tile, total);
-  if (call.lse) store_lse(call, tile, total);
+  if (call.lse) store_lse(call, tile, total.max, total.sum);
   for (int64_t v = 0; v < lanes; v += W) {
     const Vec sum = load(total.sum + v);
     const Vec inverse = select(equal(sum, zero()), zero(), set(1.0f) / sum);

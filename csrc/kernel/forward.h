@@ -6,18 +6,6 @@
 
 namespace {
 
-// The first `rows` rows of `from`, `stride` elements apart, packed into float32.
-inline void pack_rows(Type type, const void* from, int64_t stride, int64_t rows, int64_t width,
-                      float* to) {
-  constexpr int W = Vec::kLanes;
-  for (int64_t row = 0; row < rows; ++row, to += width) {
-    const void* p = static_cast<const char*>(from) + row * stride * size_of(type);
-    int64_t d = 0;
-    for (; d + W <= width; d += W) store(to + d, load_row(type, p, d, W));
-    if (d < width) store_some(to + d, load_row(type, p, d, width - d), width - d);
-  }
-}
-
 // Rows that do not follow each other closely, as in memory laid out [B, L, H, D], fall on few cache
 // sets when their distance is a power of two; half types have to be widened. Such blocks are
 // copied, and as many copies kept for the next items of the same head as fit here.
@@ -94,7 +82,6 @@ inline int tile_vectors(const Forward& call) {
   const int64_t keys = minimum(window, causal ? call.Lk / 2 : call.Lk);
   return keys * (call.Hq / call.Hkv) <= kFewKeys ? 2 : 3;
 }
-inline int64_t flat_queries(const Forward& call) { return call.Lq * (call.Hq / call.Hkv); }
 // Smaller items where there would be too few to share among threads.
 inline int64_t item_lanes(const Forward& call) {
   constexpr int64_t kEnough = 32;
@@ -108,19 +95,9 @@ inline int64_t items_per_head(const Forward& call) {
   const int64_t lanes = item_lanes(call);
   return (flat_queries(call) + lanes - 1) / lanes;
 }
-inline int64_t num_items(const Forward& call) { return call.B * call.Hkv * items_per_head(call); }
-
-// Hands out pieces of scratch memory; with a null start it only adds up.
-struct Arena {
-  char* start;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t n) {
-    T* p = start ? reinterpret_cast<T*>(start + used) : nullptr;
-    used += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return p;
-  }
-};
+inline int64_t num_tile_items(const Forward& call) {
+  return call.B * call.Hkv * items_per_head(call);
+}
 
 struct Scratch {
   Tile* tiles;
@@ -151,8 +128,6 @@ inline Scratch lay_out(const Forward& call, void* start) {
   scratch.bytes = arena.used;
   return scratch;
 }
-
-int64_t scratch_bytes(const Forward& call) { return lay_out(call, nullptr).bytes; }
 
 // Flat queries [first, end) of one (b, hkv).
 struct Item {
@@ -227,14 +202,14 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
 }
 
 // Before a thread's first item of a call: its memory may hold what another call left there.
-void begin(const Forward& call, void* memory) {
+inline void forget_slots(const Forward& call, void* memory) {
   const Scratch scratch = lay_out(call, memory);
   for (int64_t i = 0; i < num_slots(call); ++i) scratch.work.slots[i].head = -1;
 }
 
 // `likely_next` is a guess at the item this thread will be given next; its queries are fetched
 // ahead.
-void forward(const Forward& call, int64_t index, int64_t likely_next, void* memory) {
+inline void attend_item(const Forward& call, int64_t index, int64_t likely_next, void* memory) {
   const Scratch scratch = lay_out(call, memory);
   const Item item = find_item(call, index);
   int num_tiles = 0;

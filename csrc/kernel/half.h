@@ -39,4 +39,16 @@ inline void store_row(Type type, void* row, int64_t i, int64_t n, Vec x) {
   if (n < W) __builtin_memcpy(p, some, n * sizeof(uint16_t));
 }
 
+// The first `rows` rows of `from`, `stride` elements apart, packed into float32.
+inline void pack_rows(Type type, const void* from, int64_t stride, int64_t rows, int64_t width,
+                      float* to) {
+  constexpr int W = Vec::kLanes;
+  for (int64_t row = 0; row < rows; ++row, to += width) {
+    const void* p = static_cast<const char*>(from) + row * stride * size_of(type);
+    int64_t d = 0;
+    for (; d + W <= width; d += W) store(to + d, load_row(type, p, d, W));
+    if (d < width) store_some(to + d, load_row(type, p, d, width - d), width - d);
+  }
+}
+
 }  // namespace

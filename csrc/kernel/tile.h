@@ -26,6 +26,18 @@ struct Range {
   int32_t begin, end;
 };
 
+// Hands out pieces of scratch memory; with a null start it only adds up.
+struct Arena {
+  char* start;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = start ? reinterpret_cast<T*>(start + used) : nullptr;
+    used += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -145,6 +157,8 @@ inline int count_ranges(const Mask& mask) {
   return first ? 2 : 1;
 }
 
+inline int64_t flat_queries(const Forward& call) { return call.Lq * (call.Hq / call.Hkv); }
+
 inline bool has_bias(const Bias& bias) { return bias.slopes || bias.distance_values || bias.dense; }
 
 // Qᵀ of the tile's lanes: [D][lanes]. The sign of a negative scale goes here, so that the kernel's
@@ -199,8 +213,8 @@ inline void find_bias(const Forward& call, Tile& tile) {
   }
 }
 
-// tile.b, hkv, first, count, vectors and the buffers are set; this fills in the rest.
-inline void start_tile(const Forward& call, Tile& tile) {
+// tile.b, hkv, first, count and vectors are set; this says what each lane is and may attend to.
+inline void find_lanes(const Forward& call, Tile& tile) {
   name_lanes(call, tile);
   tile.num_ranges = count_ranges(call.mask);
   find_positions(call, tile);
@@ -209,6 +223,11 @@ inline void start_tile(const Forward& call, Tile& tile) {
   if (call.mask.kind == PlanKind::dense)
     for (int lane = 0; lane < tile.lanes(); ++lane)
       tile.allowed_row[lane] = at_lane(call.mask.allowed, call.mask.allowed_stride, tile, lane);
+}
+
+// As find_lanes, and fills the tile's buffers.
+inline void start_tile(const Forward& call, Tile& tile) {
+  find_lanes(call, tile);
   pack_query(call, tile);
   clear(tile.inner, tile.lanes(), call.Dv);
   if (call.Lk > kSpan) clear(tile.outer, tile.lanes(), call.Dv);
