@@ -53,7 +53,7 @@ def test_grid(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize("isa", [i for i in mh.info().available_isas if i != mh.info().isa])
 def test_grid_under_another_isa(isa: str) -> None:
-    """The native cases here, test_half.py and some of test_decode.py, in a process forced to `isa`."""
+    """The native cases here and in the files named below, in a process forced to use `isa`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     others = ("test_half.py", "test_decode.py")
     files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
