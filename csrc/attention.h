@@ -88,6 +88,7 @@ struct Choice {
   const char* error;
 };
 Choice choose_kernels();
-const char* detected_isas();  // e.g. "avx512 avx2 scalar"
+const Kernels* kernels_named(const char* isa);  // null unless this machine has it
+const char* detected_isas();                    // e.g. "avx512 avx2 scalar"
 
 }  // namespace manyheads

@@ -1,0 +1,98 @@
+// Tests of the kernels alone: no torch, no Python, so that sanitizers and emulators can watch.
+//
+//   check_kernels [cases [first seed]]
+//
+// runs `cases` random calls, on every instruction set that this machine has, and says what broke. A
+// new kernel gets a check_*.cpp of its own and a line in check_case.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "case.h"
+#include "check_forward.h"
+#include "check_vec.h"
+
+namespace manyheads {
+namespace {
+
+int passed = 0, failed = 0;
+std::string subject;  // what is being checked
+
+void expect(bool fine, const char* what) {
+  ++(fine ? passed : failed);
+  if (fine) return;
+  std::printf("FAILED %s: %s\n", subject.c_str(), what);
+  std::fflush(stdout);
+}
+
+std::vector<const Kernels*> kernels_here() {
+  std::vector<const Kernels*> found;
+  std::istringstream names(detected_isas());
+  for (std::string name; names >> name;) found.push_back(kernels_named(name.c_str()));
+  return found;
+}
+
+void check_vectors(const std::string& isa) {
+  subject = "vectors of " + isa;
+#define X(name) \
+  if (isa == #name) return check_vec_##name(expect);
+  MANYHEADS_VECS
+#undef X
+}
+
+void check_case(const std::vector<const Kernels*>& all, const Case& made, uint64_t seed) {
+  const Expected expected = expect_of(made.call);
+  for (const Kernels* kernels : all) {
+    subject = std::string(kernels->name) + ", " + made.name;
+    Random random(seed);
+    const std::string wrong = check_forward(*kernels, made, expected, random);
+    expect(wrong.empty(), wrong.c_str());
+  }
+}
+
+// A feature that no case has is not tested, whatever the count of cases says.
+void check_coverage(const std::map<std::string, int>& seen) {
+  subject = "coverage";
+  for (const char* feature :
+       {"full",       "band",        "intervals",    "dense mask",     "causal",
+        "window",     "first keys",  "key range",    "per batch",      "positions",
+        "grouped",    "one query",   "[B, L, H, D]", "expanded",       "lse",
+        "softcap",    "sinks",       "alibi",        "relative",       "-inf bias",
+        "dense bias", "padded rows", "broken rows",  "negative scale", "long"})
+    expect(seen.count(feature) > 0, feature);
+}
+
+int run(int64_t cases, uint64_t first) {
+  const std::vector<const Kernels*> all = kernels_here();
+  std::printf("instruction sets: %s\n", detected_isas());
+  std::fflush(stdout);
+  for (const Kernels* kernels : all) {
+    check_vectors(kernels->name);
+    subject = std::string("peak of ") + kernels->name;
+    expect(kernels->multiply_add(100) != 0 && kernels->flops_per_step > 0, "multiply_add");
+  }
+  std::map<std::string, int> seen;
+  for (int64_t i = 0; i <= cases; ++i) {
+    const uint64_t seed = first + uint64_t(i);
+    const Case made = i < cases ? random_case(seed) : long_case();
+    for (const std::string& feature : made.features) ++seen[feature];
+    check_case(all, made, seed);
+  }
+  if (cases >= 100) check_coverage(seen);
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace manyheads
+
+int main(int argc, char** argv) {
+  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 400;
+  const uint64_t first = argc > 2 ? uint64_t(std::atoll(argv[2])) : 0;
+  return manyheads::run(cases, first);
+}
