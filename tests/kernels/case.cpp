@@ -1,5 +1,6 @@
 #include "case.h"
 
+#include <cmath>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -206,7 +207,7 @@ class Maker {
   }
 
   void draw_scores() {
-    call_.scale = float(random_.one_of({1.0, 0.3, 0.125, -0.4, 5.0}));
+    call_.scale = float(random_.one_of({1.0, 0.3, -1.0, 3.0}) / std::sqrt(double(call_.D)));
     if (call_.scale < 0) note("negative scale");
     if (random_.chance(0.2)) {
       note("softcap");

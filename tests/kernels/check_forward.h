@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "case.h"
 #include "plain.h"
@@ -11,7 +12,7 @@ namespace manyheads {
 // What the kernels are held to; the same for each of them.
 struct Expected {
   Result<double> oracle;
-  Result<float> plain;
+  std::vector<std::vector<float>> plain_out, plain_lse;  // in several orders of summation
 };
 Expected expect_of(const Forward& call);
 

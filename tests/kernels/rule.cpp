@@ -8,36 +8,32 @@
 namespace manyheads {
 
 std::string breaks_rule(const std::vector<float>& actual, const std::vector<double>& oracle,
-                        const std::vector<float>& plain, int64_t heads, int64_t size,
-                        double floor) {
-  struct Head {
-    double error = 0, plain_error = 0, largest = 0;
-  };
-  std::vector<Head> each(static_cast<size_t>(heads));
+                        const std::vector<std::vector<float>>& plain, double floor) {
+  double error = 0, plain_error = 0, largest = 0;
+  size_t worst = 0;
   for (size_t i = 0; i < oracle.size(); ++i) {
     const bool finite = std::isfinite(oracle[i]);
     if (std::isfinite(actual[i]) != finite)
-      return "element " + std::to_string(i) + " is " + std::to_string(actual[i]) +
+      return "number " + std::to_string(i) + " is " + std::to_string(actual[i]) +
              " where the oracle has " + std::to_string(oracle[i]);
     if (!finite) continue;
-    Head& head = each[i / size_t(size) % size_t(heads)];
-    const double plain_error = std::abs(double(plain[i]) - oracle[i]);
-    head.error = std::max(head.error, std::abs(double(actual[i]) - oracle[i]));
-    if (std::isfinite(plain_error)) head.plain_error = std::max(head.plain_error, plain_error);
-    head.largest = std::max(head.largest, std::abs(oracle[i]));
+    const double here = std::abs(double(actual[i]) - oracle[i]);
+    if (here > error) worst = i;
+    error = std::max(error, here);
+    largest = std::max(largest, std::abs(oracle[i]));
+    for (const std::vector<float>& one : plain) {
+      const double distance = std::abs(double(one[i]) - oracle[i]);
+      if (std::isfinite(distance)) plain_error = std::max(plain_error, distance);
+    }
   }
-  for (int64_t h = 0; h < heads; ++h) {
-    const Head& head = each[size_t(h)];
-    const double eps = std::numeric_limits<float>::epsilon();
-    const double allowed = 2 * (head.plain_error + eps * head.largest) + floor;
-    if (head.error <= allowed) continue;
-    char text[200];
-    std::snprintf(text, sizeof text,
-                  "head %d: error %.3e is more than the allowed %.3e; plain float32's own: %.3e",
-                  int(h), head.error, allowed, head.plain_error);
-    return text;
-  }
-  return "";
+  const double eps = double(std::numeric_limits<float>::epsilon());
+  const double allowed = 2 * (plain_error + eps * largest) + floor;
+  if (error <= allowed) return "";
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "number %zu: error %.3e is more than the allowed %.3e; plain float32's own: %.3e",
+                worst, error, allowed, plain_error);
+  return text;
 }
 
 }  // namespace manyheads

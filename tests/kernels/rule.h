@@ -2,18 +2,18 @@
 //
 //   error <= 2 * (error of plain float32 attention + eps * max|oracle|) + floor
 //
-// per head, over all rows of the batch; finite exactly where the oracle is.
+// over all numbers of a result; finite exactly where the oracle is. Not per head, and with the
+// largest error that plain attention has in several orders of summation: a head of these small
+// calls may be a single number, on which one plain computation is exact by luck.
 #pragma once
 
-#include <cstdint>
 #include <string>
 #include <vector>
 
 namespace manyheads {
 
-// All of shape [B, heads, size]. Says what is wrong with `actual`; empty if nothing is.
+// Says what is wrong with `actual`; empty if nothing is.
 std::string breaks_rule(const std::vector<float>& actual, const std::vector<double>& oracle,
-                        const std::vector<float>& plain, int64_t heads, int64_t size,
-                        double floor = 0);
+                        const std::vector<std::vector<float>>& plain, double floor = 0);
 
 }  // namespace manyheads
