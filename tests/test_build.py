@@ -37,7 +37,7 @@ def isa_flags() -> dict[str, list[str]]:
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("isa_*.cpp")}
     assert set(flags) | without_flags == files
     if platform.machine() != "x86_64":
-        return dict.fromkeys(without_flags, [])
+        return {name: [] for name in without_flags}
     return {"csrc/isa_scalar.cpp": [], **flags}  # `make test-neon` looks at the other one
 
 
