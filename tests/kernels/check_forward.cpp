@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "check_queue.h"
 #include "queue.h"
 #include "rule.h"
 
@@ -83,13 +83,8 @@ void run_on_threads(const Kernels& kernels, const Forward& call, int64_t threads
   const auto work = [&](int64_t item, int64_t likely_next, void* scratch) {
     kernels.forward(call, item, likely_next, scratch);
   };
-  const auto parallel_for = [](int64_t first, int64_t last, int64_t, const auto& body) {
-    std::vector<std::thread> pool;
-    for (int64_t i = first; i < last; ++i) pool.emplace_back([&body, i] { body(i, i + 1); });
-    for (std::thread& thread : pool) thread.join();
-  };
   run_queue(kernels.num_items(call), kernels.scratch_bytes(call), threads, begin, work,
-            parallel_for);
+            PlainThreads{});
 }
 
 // lse is a difference of numbers of these sizes: docs/decisions/0001-numerics-rule-details.md.

@@ -4,6 +4,9 @@
 //
 // runs `cases` random calls, on every instruction set that this machine has, and says what broke. A
 // new kernel gets a check_*.cpp of its own and a line in check_case.
+#include <unistd.h>
+
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -12,9 +15,14 @@
 #include <string>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #include "attention.h"
 #include "case.h"
 #include "check_forward.h"
+#include "check_queue.h"
 #include "check_vec.h"
 
 namespace manyheads {
@@ -30,6 +38,25 @@ void expect(bool fine, const char* what) {
   std::fflush(stdout);
 }
 
+// Names what was being checked when a sanitizer or the machine stopped the program.
+void name_subject() {
+  for (const std::string& text : {std::string("STOPPED in "), subject, std::string("\n")})
+    if (write(STDOUT_FILENO, text.data(), text.size()) < 0) return;
+}
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+void name_subject_when_stopped() { __sanitizer_set_death_callback(name_subject); }
+#else
+void name_subject_when_stopped() {
+  for (const int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT})
+    std::signal(number, [](int stopped) {
+      name_subject();
+      std::signal(stopped, SIG_DFL);
+      std::raise(stopped);
+    });
+}
+#endif
+
 std::vector<const Kernels*> kernels_here() {
   std::vector<const Kernels*> found;
   std::istringstream names(detected_isas());
@@ -43,6 +70,16 @@ void check_vectors(const std::string& isa) {
   if (isa == #name) return check_vec_##name(expect);
   MANYHEADS_VECS
 #undef X
+}
+
+void check_queues() {
+  for (const int64_t threads : {1, 2, 3, 7}) {
+    for (const int64_t items : {1, 2, 5, 64, 97, 1009}) {
+      subject = "queue of " + std::to_string(items) + " for " + std::to_string(threads);
+      const std::string wrong = check_queue(items, threads);
+      expect(wrong.empty(), wrong.c_str());
+    }
+  }
 }
 
 void check_case(const std::vector<const Kernels*>& all, const Case& made, uint64_t seed) {
@@ -68,6 +105,7 @@ void check_coverage(const std::map<std::string, int>& seen) {
 }
 
 int run(int64_t cases, uint64_t first) {
+  name_subject_when_stopped();
   const std::vector<const Kernels*> all = kernels_here();
   std::printf("instruction sets: %s\n", detected_isas());
   std::fflush(stdout);
@@ -76,6 +114,7 @@ int run(int64_t cases, uint64_t first) {
     subject = std::string("peak of ") + kernels->name;
     expect(kernels->multiply_add(100) != 0 && kernels->flops_per_step > 0, "multiply_add");
   }
+  check_queues();
   std::map<std::string, int> seen;
   for (int64_t i = 0; i <= cases; ++i) {
     const uint64_t seed = first + uint64_t(i);
