@@ -101,8 +101,8 @@ void check_arithmetic(Expect expect) {
   expect(all_lanes(a / b, [&](int i) { return counted(i) / rest(i); }), "/");
   expect(all_lanes(fma(a, b, set(10)), [&](int i) { return counted(i) * rest(i) + 10; }), "fma");
   // (1 + e)(1 - e) - 1 = -e^2, which a product rounded by itself would lose.
-  const Vec one_rounding = fma(set(1 + 0x1p-12f), set(1 - 0x1p-12f), set(-1));
-  expect(all_lanes(one_rounding, [](int) { return -0x1p-24f; }), "fma rounds once");
+  const Vec one_rounding = fma(set(1 + 0x1p-13f), set(1 - 0x1p-13f), set(-1));
+  expect(all_lanes(one_rounding, [](int) { return -0x1p-26f; }), "fma rounds once");
   const auto larger = [&](int i) { return counted(i) > rest(i) ? counted(i) : rest(i); };
   expect(all_lanes(max(a, b), larger), "max");
   expect(all_lanes(max(a, set(kNan)), [](int) { return kNan; }), "max(x, NaN) is NaN");
