@@ -46,6 +46,7 @@ void name_subject() {
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 void name_subject_when_stopped() { __sanitizer_set_death_callback(name_subject); }
+extern "C" const char* __tsan_default_options() { return "halt_on_error=1"; }
 #else
 void name_subject_when_stopped() {
   for (const int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT})
