@@ -4,8 +4,8 @@
 //
 // over all numbers of a result; finite exactly where the oracle is. Not per head, and with the
 // largest error that plain attention has in several orders of summation: a head of these small
-// calls may be a single number, on which one plain computation is exact by luck. (Of the first 10,000
-// random calls two still miss the rule for that reason, seeds 2733 and 6449.)
+// calls may be a single number, on which one plain computation is exact by luck. (Of the first
+// 10,000 random calls two still miss the rule for that reason, seeds 2733 and 6449.)
 #pragma once
 
 #include <string>
