@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE $(shell find src csrc -type f \
   \( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.h' \))
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: venv install build demo test check bench wheel docs clean
+.PHONY: venv install build demo test test-kernels test-neon check bench wheel docs clean
 
 venv: .venv/.requirements
 install: .venv/.installed
@@ -39,7 +39,36 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q
 
-check: install
+# The kernels alone, without torch, in build/kernels/$(1). $(2): more for cmake; $(3): what runs the
+# tests; $(4): how many random calls.
+define check-kernels
+	@mkdir -p build/kernels
+	$(BIN)/cmake -S . -B build/kernels/$(1) -G Ninja -DMANYHEADS_KERNEL_TESTS=ON $(2) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja > build/kernels/$(1).log
+	$(BIN)/cmake --build build/kernels/$(1)
+	$(3) build/kernels/$(1)/tests/kernels/check_kernels $(4)
+endef
+
+test-kernels: .venv/.requirements
+	$(call check-kernels,plain,,,1000)
+	$(call check-kernels,address,'-DMANYHEADS_SANITIZE=address;undefined',,400)
+	$(call check-kernels,thread,-DMANYHEADS_SANITIZE=thread,,150)
+
+# For 64-bit ARM, cross-compiled and emulated; nothing is installed here. tests/test_build.py looks
+# for weak symbols in the other instruction sets' files.
+NEON_CXX ?= aarch64-linux-gnu-g++
+NEON_RUN ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+test-neon: .venv/.requirements
+	@for tool in $(NEON_CXX) $(firstword $(NEON_RUN)); do command -v $$tool > /dev/null || { \
+	  echo "make test-neon needs $$tool, which is not on the PATH. On Debian or Ubuntu:" \
+	    "apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	@mkdir -p build/kernels
+	$(NEON_CXX) -std=c++20 -O0 -c csrc/isa_neon.cpp -o build/kernels/isa_neon.o
+	! readelf --symbols --wide --demangle build/kernels/isa_neon.o | grep -E ' (WEAK|UNIQUE) |std::'
+	$(call check-kernels,neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(NEON_CXX),$(NEON_RUN),400)
+
+check: install test-kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

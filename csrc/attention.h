@@ -97,7 +97,8 @@ struct Choice {
   const char* error;
 };
 Choice choose_kernels();
-const char* detected_isas();  // e.g. "avx512 avx2 scalar"
+const Kernels* kernels_named(const char* isa);  // null unless this machine has it
+const char* detected_isas();                    // e.g. "avx512 avx2 scalar"
 // The half types whose matrix products this machine has a unit for (Intel's AMX), which PyTorch's
 // attention uses and these kernels do not: "", "bfloat16" or "bfloat16 float16".
 const char* matrix_unit_types();

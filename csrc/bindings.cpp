@@ -16,8 +16,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -25,6 +23,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "queue.h"
 
 namespace manyheads {
 namespace {
@@ -257,73 +256,17 @@ void fill_without_keys(const Forward& f) {
   if (f.lse) std::fill_n(f.lse, f.B * f.Hq * f.Lq, -std::numeric_limits<float>::infinity());
 }
 
-// Memory for the tiles, kept by the calling thread from one call to the next: fresh pages for every
-// call would cost more than a decoding step. Above kKeptBytes it is given back.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : kept_(bytes <= kKeptBytes) {
-    Buffer& buffer = kept_ ? kept() : own_;
-    if (buffer.bytes < bytes) {
-      buffer.memory.reset();
-      buffer.bytes = 0;
-      buffer.memory.reset(static_cast<std::byte*>(::operator new(bytes, kAlignment)));
-      buffer.bytes = bytes;
-    }
-    data_ = buffer.memory.get();
-  }
-  std::byte* data() const { return data_; }
-
- private:
-  static constexpr size_t kKeptBytes = size_t(64) << 20;
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(std::byte* memory) const { ::operator delete(memory, kAlignment); }
-  };
-  struct Buffer {
-    std::unique_ptr<std::byte, Free> memory;
-    size_t bytes = 0;
-  };
-  static Buffer& kept() {
-    thread_local Buffer buffer;
-    return buffer;
-  }
-  bool kept_;
-  Buffer own_;
-  std::byte* data_;
-};
-
-// Threads take runs of items from one counter, in the order the kernel wants them handed out.
-// Nothing in the parallel part can throw: an exception must not cross torch's callback.
 void run_items(const Kernels& kernels, const Forward& f) {
-  const int64_t items = kernels.num_items(f);
-  if (items <= 0) return;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
-  // Short enough that no thread waits long for the last one.
-  const int64_t run = std::clamp<int64_t>(items / (threads * 32), 1, 4);
-  const size_t each = (size_t(kernels.scratch_bytes(f)) + 63) / 64 * 64;
-  const Scratch scratch(each * size_t(threads) + size_t(kernels.shared_bytes(f)));
-  std::byte* const memory = scratch.data();
-  std::byte* const shared = memory + each * size_t(threads);
-  kernels.prepare(f, shared);
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t first, int64_t last) noexcept {
-    for (int64_t worker = first; worker < last; ++worker) {
-      void* const mine = memory + size_t(worker) * each;
-      kernels.begin(f, mine);
-      for (int64_t start; (start = next.fetch_add(run, std::memory_order_relaxed)) < items;) {
-        const int64_t end = std::min(start + run, items);
-        for (int64_t item = start; item < end; ++item) {
-          const int64_t later = item + 1 < end ? item + 1 : item + 1 + (threads - 1) * run;
-          kernels.forward(f, item, later < items ? later : -1, mine, shared);
-        }
-      }
-    }
+  const auto prepare = [&](void* shared) { kernels.prepare(f, shared); };
+  const auto begin = [&](void* scratch) { kernels.begin(f, scratch); };
+  const auto work = [&](int64_t item, int64_t likely_next, void* scratch, void* shared) {
+    kernels.forward(f, item, likely_next, scratch, shared);
   };
-  if (threads == 1) {
-    work(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, work);
-  }
+  const auto parallel_for = [](int64_t first, int64_t last, int64_t grain, const auto& body) {
+    torch::stable::parallel_for(first, last, grain, body);
+  };
+  run_queue(kernels.num_items(f), {kernels.scratch_bytes(f), kernels.shared_bytes(f)},
+            torch::stable::get_num_threads(), prepare, begin, work, parallel_for);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(

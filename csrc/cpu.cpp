@@ -16,6 +16,8 @@ extern const Kernels kKernelsScalar;
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
+#elif defined(__aarch64__)
+extern const Kernels kKernelsNeon;
 #endif
 
 namespace {
@@ -42,6 +44,8 @@ const Isa kIsas[] = {
 #if defined(__x86_64__)
     {kKernelsAvx512, kAvx2 | kFma | kAvx512F | kAvx512Dq | kAvx512Bw | kAvx512Vl},
     {kKernelsAvx2, kAvx2 | kFma | kF16c},
+#elif defined(__aarch64__)
+    {kKernelsNeon, 0},  // part of every such processor
 #endif
     {kKernelsScalar, 0},
 };
@@ -108,9 +112,11 @@ std::string list_detected() {
 Choice decide() {
   const char* wanted = std::getenv("MANYHEADS_ISA");
   const bool forced = wanted != nullptr && wanted[0] != '\0';
-  for (const Isa& isa : kIsas) {
-    if (!available(isa)) continue;
-    if (!forced || std::strcmp(wanted, isa.kernels.name) == 0) return {&isa.kernels, nullptr};
+  if (forced) {
+    if (const Kernels* kernels = kernels_named(wanted)) return {kernels, nullptr};
+  } else {
+    for (const Isa& isa : kIsas)
+      if (available(isa)) return {&isa.kernels, nullptr};
   }
   static const std::string error = "MANYHEADS_ISA is '" + std::string(wanted ? wanted : "") +
                                    "', expected one that this machine has: " + list_detected() +
@@ -119,6 +125,12 @@ Choice decide() {
 }
 
 }  // namespace
+
+const Kernels* kernels_named(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (available(isa) && std::strcmp(name, isa.kernels.name) == 0) return &isa.kernels;
+  return nullptr;
+}
 
 Choice choose_kernels() {
   static const Choice choice = decide();

@@ -174,9 +174,10 @@ inline Vec exp2(Vec x) {
   p = fma(p, f, set(0x1.ebfbdcp-3f));
   p = fma(p, f, set(0x1.62e430p-1f));
   p = fma(p, f, set(1.0f));
-  // Multiplied, not shifted: shifting a negative number left is undefined.
-  const VecI exponent = {((VecI::Type)(y + magic).v - 0x4b400000) * (1 << 23)};
-  const Vec power = {(Vec::Type)((VecI::Type)(p.v) + exponent.v)};
+  // Unsigned: where x is NaN the number overflows, and it may be negative.
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  const Bits exponent = ((Bits)(y + magic).v - 0x4b400000u) << 23;
+  const Vec power = {(Vec::Type)((Bits)(p.v) + exponent)};
   return select(less(x, low), zero(), select(is_nan(x), x, power));
 }
 

@@ -1,0 +1,10 @@
+// clang-format off: the vectors come first, the kernels are written over them
+#include "vec_neon.h"
+#include "kernel/entry.h"
+// clang-format on
+
+namespace manyheads {
+extern const Kernels kKernelsNeon;
+const Kernels kKernelsNeon{"neon", num_items, scratch_bytes, shared_bytes, prepare,
+                           begin,  forward,   kFlopsPerStep, multiply_add};
+}  // namespace manyheads

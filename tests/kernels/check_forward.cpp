@@ -1,0 +1,238 @@
+#include "check_forward.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "check_queue.h"
+#include "queue.h"
+#include "rule.h"
+
+namespace manyheads {
+namespace {
+
+// What memory holds before a kernel writes there: a NaN, and a large index.
+constexpr uint32_t kUntouched = 0x7fc5a5a5;
+
+bool untouched(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits == kUntouched;
+}
+
+void wipe(void* data, int64_t bytes) {
+  for (int64_t i = 0; i + 4 <= bytes; i += 4)
+    std::memcpy(static_cast<char*>(data) + i, &kUntouched, 4);
+}
+
+const Array<float>& owner_of(const Case& made, const void* data) {
+  return *std::find_if(made.floats.begin(), made.floats.end(),
+                       [&](const Array<float>& array) { return array.data() == data; });
+}
+
+void wipe_results(const Case& made) {
+  for (const void* data :
+       {static_cast<const void*>(made.call.out), static_cast<const void*>(made.call.lse)})
+    if (data) wipe(owner_of(made, data).data(), owner_of(made, data).size() * 4);
+}
+
+struct Output {
+  std::vector<float> out, lse;
+  bool kept_to_itself;  // nothing but the output's elements was written
+};
+
+Output read_results(const Case& made) {
+  const Forward& call = made.call;
+  Output output;
+  const float* const out = floats_of(call.out);
+  const Array<float>& all = owner_of(made, out);
+  std::vector<char> inside(size_t(all.size()), false);
+  for (int64_t b = 0; b < call.B; ++b)
+    for (int64_t h = 0; h < call.Hq; ++h)
+      for (int64_t row = 0; row < call.Lq; ++row)
+        for (int64_t d = 0; d < call.Dv; ++d) {
+          const int64_t at =
+              b * call.out_stride[0] + h * call.out_stride[1] + row * call.out_stride[2] + d;
+          inside[size_t(at)] = true;
+          output.out.push_back(out[at]);
+        }
+  output.kept_to_itself = true;
+  for (int64_t i = 0; i < all.size(); ++i)
+    output.kept_to_itself &= inside[size_t(i)] || untouched(all[i]);
+  if (call.lse) output.lse.assign(call.lse, call.lse + call.B * call.Hq * call.Lq);
+  return output;
+}
+
+// On memory of exactly the size asked for, which holds nothing useful before.
+void run_in_random_order(const Kernels& kernels, const Forward& call, Random& random) {
+  const int64_t items = kernels.num_items(call);
+  std::vector<int64_t> order(static_cast<size_t>(items));
+  for (int64_t i = 0; i < items; ++i) order[size_t(i)] = i;
+  for (int64_t i = items - 1; i > 0; --i)
+    std::swap(order[size_t(i)], order[size_t(random.integer(0, i))]);
+  const Array<char> scratch(kernels.scratch_bytes(call), 64);
+  wipe(scratch.data(), scratch.size());
+  const Array<char> shared(kernels.shared_bytes(call), 64);
+  wipe(shared.data(), shared.size());
+  kernels.prepare(call, shared.data());
+  kernels.begin(call, scratch.data());
+  for (const int64_t item : order)
+    kernels.forward(call, item, random.integer(-1, items - 1), scratch.data(), shared.data());
+}
+
+void run_on_threads(const Kernels& kernels, const Forward& call, int64_t threads) {
+  const auto prepare = [&](void* shared) { kernels.prepare(call, shared); };
+  const auto begin = [&](void* scratch) { kernels.begin(call, scratch); };
+  const auto work = [&](int64_t item, int64_t likely_next, void* scratch, void* shared) {
+    kernels.forward(call, item, likely_next, scratch, shared);
+  };
+  run_queue(kernels.num_items(call), {kernels.scratch_bytes(call), kernels.shared_bytes(call)},
+            threads, prepare, begin, work, PlainThreads{});
+}
+
+// lse is a difference of numbers of these sizes: docs/decisions/0001-numerics-rule-details.md.
+double lse_floor(const Forward& call) {
+  const auto longest = [&](const void* data, const int64_t (&stride)[3], int64_t heads,
+                           int64_t rows) {
+    double largest = 0;
+    for (int64_t i = 0; i < call.B * heads * rows; ++i) {
+      const float* row = floats_of(data) + i / (heads * rows) * stride[0] +
+                         i / rows % heads * stride[1] + i % rows * stride[2];
+      double square = 0;
+      for (int64_t d = 0; d < call.D; ++d) square += double(row[d]) * double(row[d]);
+      if (std::isfinite(square)) largest = std::max(largest, std::sqrt(square));
+    }
+    return largest;
+  };
+  double size = std::abs(double(call.scale)) *
+                longest(call.query, call.query_stride, call.Hq, call.Lq) *
+                longest(call.key, call.key_stride, call.Hkv, call.Lk);
+  size += std::log(double(call.Lk + 1));
+  Forward biases_only = call;
+  biases_only.scale = 0;
+  double largest_bias = 0;
+  for (int64_t i = 0; i < call.B * call.Hq * call.Lq * call.Lk; ++i) {
+    const double bias =
+        plain_logit<double>(biases_only, i / (call.Hq * call.Lq * call.Lk),
+                            i / (call.Lq * call.Lk) % call.Hq, i / call.Lk % call.Lq, i % call.Lk);
+    if (std::isfinite(bias)) largest_bias = std::max(largest_bias, std::abs(bias));
+  }
+  return double(std::numeric_limits<float>::epsilon()) * (size + largest_bias);
+}
+
+#ifdef __aarch64__
+using Float16 = __fp16;  // GCC 12 has no _Float16 in C++ there
+#else
+using Float16 = _Float16;
+#endif
+
+uint16_t narrowed(Type type, float x) {
+  uint16_t half;
+  if (type == Type::float16) {
+    const auto nearest = static_cast<Float16>(x);
+    std::memcpy(&half, &nearest, sizeof half);
+    return half;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float widened(Type type, uint16_t half) {
+  if (type == Type::float16) {
+    Float16 x;
+    std::memcpy(&x, &half, sizeof half);
+    return static_cast<float>(x);
+  }
+  const uint32_t bits = uint32_t(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The case in a half type: its numbers rounded to it, once as they are and once widened.
+struct HalfCase {
+  HalfCase(const Case& made, Type type) : half(made.call), wide(made.call) {
+    half.type = type;
+    half.lse = wide.lse = nullptr;
+    for (const void* Forward::* tensor : {&Forward::query, &Forward::key, &Forward::value}) {
+      const Array<float>& numbers = owner_of(made, made.call.*tensor);
+      Array<uint16_t>& narrow = halves.emplace_back(numbers.size());
+      Array<float>& again = floats.emplace_back(numbers.size());
+      for (int64_t i = 0; i < numbers.size(); ++i) {
+        narrow[i] = narrowed(type, numbers[i]);
+        again[i] = widened(type, narrow[i]);
+      }
+      half.*tensor = narrow.data();
+      wide.*tensor = again.data();
+    }
+    const int64_t size = owner_of(made, made.call.out).size();
+    half.out = halves.emplace_back(size).data();
+    wide.out = floats.emplace_back(size).data();
+    for (int64_t i = 0; i < size; ++i) {
+      floats.back()[i] = 1;  // where nothing is written, both stay 1
+      halves.back()[i] = narrowed(type, 1);
+    }
+  }
+
+  Forward half, wide;
+  std::vector<Array<uint16_t>> halves;
+  std::vector<Array<float>> floats;
+};
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](float x, float y) { return std::memcmp(&x, &y, sizeof x) == 0; });
+}
+
+}  // namespace
+
+Expected expect_of(const Forward& call) {
+  Expected expected{plain_attention<double>(call), {}, {}};
+  for (const Order order : {Order::ascending, Order::descending, Order::odd_first}) {
+    Result<float> plain = plain_attention<float>(call, order);
+    expected.plain_out.push_back(std::move(plain.out));
+    expected.plain_lse.push_back(std::move(plain.lse));
+  }
+  return expected;
+}
+
+std::string check_forward(const Kernels& kernels, const Case& made, const Expected& expected,
+                          Random& random) {
+  const Forward& call = made.call;
+  wipe_results(made);
+  run_in_random_order(kernels, call, random);
+  const Output alone = read_results(made);
+  if (!alone.kept_to_itself) return "wrote beside the output";
+  std::string wrong = breaks_rule(alone.out, expected.oracle.out, expected.plain_out);
+  if (!wrong.empty()) return "out: " + wrong;
+  if (call.lse) {
+    wrong = breaks_rule(alone.lse, expected.oracle.lse, expected.plain_lse, lse_floor(call));
+    if (!wrong.empty()) return "lse: " + wrong;
+  }
+  for (const Type type : {Type::bfloat16, Type::float16}) {
+    const HalfCase pair(made, type);
+    run_in_random_order(kernels, pair.half, random);
+    run_in_random_order(kernels, pair.wide, random);
+    for (int64_t i = 0; i < pair.floats.back().size(); ++i) {
+      const float ours = widened(type, pair.halves.back()[i]);
+      const float rounded = widened(type, narrowed(type, pair.floats.back()[i]));
+      if (ours != rounded && !(std::isnan(ours) && std::isnan(rounded)))
+        return "a half type is not float32 rounded once";
+    }
+  }
+  const int64_t threads = random.integer(1, 4);
+  wipe_results(made);
+  run_on_threads(kernels, call, threads);
+  const Output queued = read_results(made);
+  if (!queued.kept_to_itself || !same_bits(queued.out, alone.out) ||
+      !same_bits(queued.lse, alone.lse))
+    return "other bits from the queue on " + std::to_string(threads) + " threads";
+  return "";
+}
+
+}  // namespace manyheads

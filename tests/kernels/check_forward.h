@@ -1,0 +1,24 @@
+// The forward kernel of one instruction set against plain loops.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "case.h"
+#include "plain.h"
+
+namespace manyheads {
+
+// What the kernels are held to; the same for each of them.
+struct Expected {
+  Result<double> oracle;
+  std::vector<std::vector<float>> plain_out, plain_lse;  // in several orders of summation
+};
+Expected expect_of(const Forward& call);
+
+// Runs the case's items one by one in a random order, then through the queue on several threads.
+// Says what is wrong with the results; empty if nothing is.
+std::string check_forward(const Kernels& kernels, const Case& made, const Expected& expected,
+                          Random& random);
+
+}  // namespace manyheads
