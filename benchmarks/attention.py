@@ -1,10 +1,10 @@
-"""Our float32 attention against PyTorch's, on the shapes that the goals are stated for.
+"""Our attention against PyTorch's, on the shapes that the goals are stated for.
 
     python benchmarks/attention.py [--only NAME] [--pairs N] [--write]
 
-Every row is checked for agreement, then timed pair by pair in one process; the machine's
-multiply-add peak is measured beside each of our samples. `--write` puts the table into
-benchmarks/RESULTS.md.
+Every row is checked for agreement, then timed pair by pair in one process; the machine's limit is
+measured beside each of our samples: its multiply-add peak, or for decoding its rate of reading.
+`--write` puts the table into benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import manyheads as mh
-from manyheads.benchmark import Comparison, attention_flops, compare, fma_peak, peak_now
+from manyheads.benchmark import (
+    Comparison,
+    attention_flops,
+    check_close,
+    compare,
+    fma_peak,
+    peak_now,
+    read_rate,
+)
 
 #: Seconds to wait, per row, for pairs that no neighbour disturbs.
 PATIENCE = 20.0
@@ -31,7 +40,11 @@ PATIENCE = 20.0
 
 @dataclass(frozen=True)
 class Row:
-    """One shape. `goal` is a share of the peak if below 1, otherwise a ratio to PyTorch's time."""
+    """One shape. `goal` is a share of the limit if below 1, otherwise a ratio to PyTorch's time.
+
+    queries: how many, the last ones; None for as many as keys. Few make it decoding, whose limit is
+        the rate at which the machine reads memory of that size, not its multiply-adds.
+    """
 
     name: str
     heads: tuple[int, int]
@@ -42,28 +55,47 @@ class Row:
     mask: mh.Mask | None = None
     bias: mh.Alibi | None = None
     transposed: bool = False  # [B, L, H, D] memory, as a projection leaves it
+    dtype: torch.dtype = torch.float32
+    queries: int | None = None
+    gradients: bool = False  # forward and backward
+    dropout: float = 0.0
+
+    @property
+    def reads(self) -> bool:
+        return self.queries is not None
 
     def inputs(self) -> list[Tensor]:
         random = torch.Generator().manual_seed(0)
-        hq, hkv = self.heads
+        (hq, hkv), lq = self.heads, self.queries or self.length
         if self.transposed:
             shapes = [(self.batch, self.length, h, self.size) for h in (hq, hkv, hkv)]
             return [torch.randn(s, generator=random).transpose(1, 2) for s in shapes]
-        shapes = [(self.batch, h, self.length, self.size) for h in (hq, hkv, hkv)]
-        return [torch.randn(s, generator=random) for s in shapes]
+        shapes = [(self.batch, h, n, self.size) for h, n in ((hq, lq), (hkv, self.length))]
+        query, key = (torch.randn(s, generator=random).to(self.dtype) for s in shapes)
+        # One piece of memory for both, which is also what the read rate is measured on.
+        memory = torch.stack([key, torch.randn(shapes[1], generator=random).to(self.dtype)])
+        return [query, *memory]
 
-    def flops(self) -> int:
-        pairs = self.length**2
+    def work(self) -> int:
+        """Bytes of K and V for decoding, else useful operations."""
+        pairs = self.length * (self.queries or self.length)
+        if self.reads:
+            return 2 * self.batch * self.heads[1] * self.length * self.size * self.dtype.itemsize
         if isinstance(self.mask, mh.Causal):  # as everybody counts it, the diagonal halved
             pairs //= 2
         elif self.mask is not None:
             pairs = int(self.mask.materialize(self.length, self.length).sum())
-        return attention_flops(self.batch, self.heads[0], pairs, self.size, self.size)
+        forward = attention_flops(self.batch, self.heads[0], pairs, self.size, self.size)
+        return (
+            forward * 7 // 2 if self.gradients else forward
+        )  # five more products of the same size
 
 
 def window(size: int) -> mh.Mask:
     return mh.Causal() & mh.Window(size - 1, 0)
 
+
+BF16, FP16 = torch.bfloat16, torch.float16
 
 ROWS = [
     Row("16x4096x64 full", (16, 16), 4096, 64, 0.82),
@@ -78,7 +110,26 @@ ROWS = [
     Row("16 documents of 256, 16x64", (16, 16), 4096, 64, 21.5, mask=mh.Documents([256] * 16)),
     Row("ALiBi causal 16x2048x64", (16, 16), 2048, 64, 3.0, mask=mh.Causal(), bias=mh.Alibi()),
     Row("[B,L,H,D] 16x4096x64 causal", (16, 16), 4096, 64, 0.82, mask=mh.Causal(), transposed=True),
-]
+    Row("bf16 16x4096x64 full", (16, 16), 4096, 64, 2.3, dtype=BF16),
+    Row("bf16 16x4096x64 causal", (16, 16), 4096, 64, 2.3, mask=mh.Causal(), dtype=BF16),
+    Row("bf16 8x4096x128 causal", (8, 8), 4096, 128, 2.3, mask=mh.Causal(), dtype=BF16),
+    Row("bf16 GQA 32/8x2048x128 causal", (32, 8), 2048, 128, 2.3, mask=mh.Causal(), dtype=BF16),
+    Row("bf16 batch 8 12x512x64", (12, 12), 512, 64, 2.4, batch=8, dtype=BF16),
+    Row("bf16 batch 32 12x128x64", (12, 12), 128, 64, 2.5, batch=32, dtype=BF16),
+    Row("bf16 window 256 16x4096x64", (16, 16), 4096, 64, 28.0, mask=window(256), dtype=BF16),
+    Row("bf16 16 documents of 256, 16x64", (16, 16), 4096, 64, 28.0,
+        mask=mh.Documents([256] * 16), dtype=BF16),
+    Row("fp16 16x4096x64 causal", (16, 16), 4096, 64, 3.0, mask=mh.Causal(), dtype=FP16),
+    *(
+        Row(f"decode {word} {name}", heads, length, size, 0.75, batch, queries=1, dtype=dtype)
+        for name, heads, length, size, batch in (
+            ("GQA 32/8x16384x128", (32, 8), 16384, 128, 1),
+            ("GQA 32/8x2048x128", (32, 8), 2048, 128, 1),
+            ("batch 8 12x1024x64", (12, 12), 1024, 64, 8),
+        )
+        for word, dtype in (("fp32", torch.float32), ("bf16", BF16), ("fp16", FP16))
+    ),
+]  # fmt: skip
 
 
 def peer_mask(row: Row) -> Tensor | None:
@@ -100,15 +151,36 @@ def time_row(row: Row, pairs: int) -> Comparison:
     mask = peer_mask(row)
     causal = isinstance(row.mask, mh.Causal) and mask is None
     grouped = row.heads[0] != row.heads[1]
+    tolerance = 1e-4 if row.dtype is torch.float32 else 0.05
+
+    def both(attend: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The call itself, or with the gradients of all three inputs."""
+        if not row.gradients:
+            return attend
+        gradient = torch.randn_like(query)
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        return lambda: torch.cat(
+            [g.flatten() for g in torch.autograd.grad(attend(), leaves, gradient)]
+        )
+
     return compare(
-        lambda: mh.attention(
-            query, key, value, mask=row.mask, attn_bias=row.bias, backend="native"
+        both(
+            lambda: mh.attention(
+                query, key, value, mask=row.mask, attn_bias=row.bias, backend="native",
+                dropout_p=row.dropout,
+            )
         ),
-        lambda: sdpa(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped),
+        both(
+            lambda: sdpa(
+                query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped,
+                dropout_p=row.dropout,
+            )
+        ),
         pairs=pairs,
-        limit=peak_now,
+        check=None if row.dropout else lambda ours, peer: check_close(ours, peer, tolerance),
+        limit=(lambda: read_rate(key, value)) if row.reads else peak_now,
         patience=PATIENCE,
-    )
+    )  # fmt: skip
 
 
 def causal_over_full(length: int, pairs: int) -> Comparison:
@@ -148,8 +220,9 @@ def measure(pairs: int, only: str) -> tuple[list[list[str]], list[float]]:
     lines, peaks = [], []
     for row in (r for r in ROWS if only in r.name):
         result = time_row(row, pairs)
-        peaks += result.limits
-        share = result.share_of_limit(row.flops())
+        peaks += () if row.reads else result.limits
+        share = result.share_of_limit(row.work())
+        limit = "read rate" if row.reads else "peak"
         reached = share if row.goal < 1 else result.speedup
         low, high = result.spread
         lines.append(
@@ -157,8 +230,8 @@ def measure(pairs: int, only: str) -> tuple[list[list[str]], list[float]]:
                 row.name,
                 f"{result.ours_seconds * 1e3:.2f}",
                 f"{result.speedup:.2f}x ({low:.2f}-{high:.2f})",
-                f"{share:.1%}",
-                f"{row.goal:.0%} of peak" if row.goal < 1 else f"{row.goal:g}x",
+                f"{share:.1%} of {limit}",
+                f"{row.goal:.0%} of {limit}" if row.goal < 1 else f"{row.goal:g}x",
                 "yes" if reached >= 0.97 * row.goal else "no",
                 quiet_word(result),
             ]
@@ -189,8 +262,8 @@ def main() -> None:
         verdict = "yes" if memory < 64 else "no"
         lines.append(["memory beyond inputs and output, 8x32768x64", "", f"{memory:.1f} MB", "",
                       "< 64 MB", verdict, ""])  # fmt: skip
-    header = ["shape", "ms", "PyTorch time / ours", "of FMA peak", "goal", "met", "quiet"]
-    table = Table(*header, title="float32 forward")
+    header = ["shape", "ms", "PyTorch time / ours", "of the limit", "goal", "met", "quiet"]
+    table = Table(*header, title="attention on the CPU")
     for line in lines:
         table.add_row(*line)
     Console(width=140).print(table)
@@ -208,13 +281,15 @@ def write(header: list[str], lines: list[list[str]], peaks: list[float]) -> None
         f"{median(peaks) / 1e9:.0f} GFLOP/s (median of those measured beside each timing). Medians "
         "of interleaved pairs, range over pairs in brackets; within 3 % of a goal counts as met."
         "\n\n"
+        "The limit of decoding is the rate at which all threads read K and V, of the same size and "
+        "in the same state of the caches, for which nothing but reading is done. "
         "The peak is taken over one millisecond before and after each of our samples, at the clock "
         "the machine has under such load. On registers alone for 0.3 s, which draws less power, "
         f"the same loop reached {fma_peak(0.3) or float('nan'):.0f} GFLOP/s after this run."
     )
     body = "\n".join([row(header), row(["---"] * len(header)), *map(row, lines)])
     path = Path(__file__).parent / "RESULTS.md"
-    path.write_text(f"# Measured speed, float32 forward\n\n{about}\n\n{body}\n")
+    path.write_text(f"# Measured speed\n\n{about}\n\n{body}\n")
 
 
 def cpu_name() -> str:

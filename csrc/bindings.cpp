@@ -323,6 +323,26 @@ double fma_peak(double seconds) {
   return double(steps) * choice.kernels->flops_per_step / elapsed * 1e-9;
 }
 
+// Bytes a second at which all of torch's threads together read this memory once.
+double read_rate(const Tensor& data) {
+  const View view(data);
+  check(data.is_contiguous() && data.element_size() == 4, "contiguous elements of 4 bytes");
+  const auto* const words = view.as<uint32_t>();
+  const int64_t size = data.numel(), threads = torch::stable::get_num_threads();
+  std::atomic<uint32_t> kept{0};
+  const auto start = std::chrono::steady_clock::now();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) noexcept {
+    for (int64_t worker = first; worker < last; ++worker) {
+      uint32_t bits = 0;
+      for (int64_t i = size * worker / threads; i < size * (worker + 1) / threads; ++i)
+        bits ^= words[i];
+      kept.fetch_xor(bits, std::memory_order_relaxed);
+    }
+  });
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  return double(size) * 4 / elapsed.count();
+}
+
 // (ISA in use, every ISA this machine has, why none is in use, matrix_unit_types()): one of the
 // first and third is "".
 std::tuple<std::string, std::string, std::string, std::string> cpu_kernels() {
@@ -341,6 +361,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
       "SymInt distance_offset, Tensor? dense_bias, bool need_lse) -> (Tensor out, Tensor lse)");
   m.def("fma_peak(float seconds) -> float");
+  m.def("read_rate(Tensor data) -> float");
   m.def("cpu_kernels() -> (str name, str detected, str error, str matrix_types)");
 }
 
@@ -350,5 +371,6 @@ STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {
   m.impl("fma_peak", TORCH_BOX(&manyheads::fma_peak));
+  m.impl("read_rate", TORCH_BOX(&manyheads::read_rate));
   m.impl("cpu_kernels", TORCH_BOX(&manyheads::cpu_kernels));
 }

@@ -217,6 +217,17 @@ def peak_now() -> float:
     return (fma_peak(0.001) or math.nan) * 1e9
 
 
+def read_rate(*tensors: Tensor) -> float:
+    """Bytes a second at which all threads read these contiguous tensors, one after another.
+
+    The limit to give `compare` for what does little but read them.
+    """
+    words = [tensor.detach().flatten().view(torch.float32) for tensor in tensors]
+    rates = [torch.ops.manyheads.read_rate(w) for w in words]
+    sizes = [w.numel() * 4 for w in words]
+    return sum(sizes) / sum(n / rate for n, rate in zip(sizes, rates, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionCase:
     """One shape to time: queries as long as keys, random float32, causal unless `window` says more.
