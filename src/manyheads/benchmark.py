@@ -225,7 +225,7 @@ def read_rate(*tensors: Tensor) -> float:
     words = [tensor.detach().flatten().view(torch.float32) for tensor in tensors]
     rates = [torch.ops.manyheads.read_rate(w) for w in words]
     sizes = [w.numel() * 4 for w in words]
-    return sum(sizes) / sum(n / rate for n, rate in zip(sizes, rates, strict=True))
+    return float(sum(sizes) / sum(n / rate for n, rate in zip(sizes, rates, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
