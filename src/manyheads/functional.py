@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from manyheads import dispatch, masks, positions
+from manyheads import dispatch, jagged, masks, positions
 from manyheads.arguments import (
     check_query_start,
     check_sinks,
@@ -94,7 +94,8 @@ def attention(
     d_k is D. Hq is a multiple of Hkv: query head h reads key/value head h // (Hq / Hkv), so
     grouped-query and multi-query attention need no repeating. All tensors share one floating dtype
     and one device; any strides will do. Half types accumulate in float32. The batch axis may be
-    left out of all three.
+    left out of all three. Jagged nested tensors [B, H, L*, D] (torch.jagged, ragged in the length)
+    are sequences of their own: nothing is padded, and the result is jagged as the query is.
 
     Args:
         query: [B, Hq, Lq, D] or [Hq, Lq, D].
@@ -132,6 +133,12 @@ def attention(
     >>> mh.attention(query, key, value, mask=mh.Causal()).shape
     torch.Size([2, 8, 5, 24])
     """
+    if jagged.any_nested(query, key, value):
+        return _attend_jagged(
+            query, key, value, mask, attn_bias, query_start,
+            scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+            return_lse=return_lse, backend=backend, strict=strict,
+        )  # fmt: skip
     call, fields, unbatched = _prepare(
         query,
         key,
@@ -186,6 +193,9 @@ def explain(
     >>> mh.explain(x, x, x, mask=mh.Causal(), backend="reference").backend
     'reference'
     """
+    if jagged.any_nested(query, key, value):
+        packed = _pack(query, key, value, mask, attn_bias, query_start)
+        query, key, value, mask = packed.query, packed.key, packed.value, packed.mask
     call, fields, _ = _prepare(
         query,
         key,
@@ -201,6 +211,33 @@ def explain(
     )
     spec, notes = AttentionSpec(*fields), (_plan_reason(call.plan), _plan_memory(call.plan))
     return dispatch.explain(spec, *notes, backend, strict)
+
+
+def _attend_jagged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    attn_bias: Any,
+    query_start: Any,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    packed = _pack(query, key, value, mask, attn_bias, query_start)
+    results = attention(
+        packed.query, packed.key, packed.value, mask=packed.mask, attn_bias=attn_bias, **options
+    )
+    if isinstance(results, Tensor):
+        return packed.unpack(results)
+    return packed.unpack(results[0]), packed.unpack(results[1])
+
+
+def _pack(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, attn_bias: Any, query_start: Any
+) -> jagged.Packed:
+    tensor_bias = attn_bias if isinstance(attn_bias, Tensor | positions.DenseBias) else None
+    return jagged.pack(
+        query, key, value, mask, "[B, H, L*, D]", query_start=query_start, attn_bias=tensor_bias
+    )
 
 
 def _prepare(

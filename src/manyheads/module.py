@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from manyheads import masks, weights
+from manyheads import jagged, masks, weights
 from manyheads.arguments import (
     check_against_weight,
     check_input,
@@ -175,7 +175,7 @@ class MultiHeadAttention(nn.Module):
         `attend(x, memory, cache=cache)`, from then on `attend(x, memory[:, :0], cache=cache)`.
 
         Args:
-            query: [B, Lq, E] or [Lq, E].
+            query: [B, Lq, E] or [Lq, E]. Or, as `attention` takes them, jagged [B, L*, E].
             key: [B, Lk, key_dim] or [Lk, key_dim]; None for self-attention.
             value: [B, Lk, value_dim] or [Lk, value_dim]; None takes `key`.
             mask: which keys a query may attend to, on top of the module's mask; a mask object or
@@ -194,6 +194,8 @@ class MultiHeadAttention(nn.Module):
             ShapeError, ArgumentTypeError, ArgumentError, DeviceError: inputs that do not fit.
         """
         self_attention = key is None
+        if jagged.any_nested(query, key, value):
+            return self._forward_jagged(query, key, value, mask, attn_bias, cache, query_start)
         key, value = self._complete(query, key, value)
         if query.dim() == 2:
             out = self.forward(
@@ -236,6 +238,35 @@ class MultiHeadAttention(nn.Module):
         )  # fmt: skip
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return projected
+
+    def _forward_jagged(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        mask: Any,
+        attn_bias: Any,
+        cache: Any,
+        query_start: Any,
+    ) -> Tensor:
+        packed = jagged.pack(
+            query,
+            query if key is None else key,
+            value if value is not None else query if key is None else key,
+            mask,
+            "[B, L*, E]",
+            attn_bias=attn_bias if isinstance(attn_bias, Tensor) else None,
+            cache=cache,
+            query_start=query_start,
+        )
+        out = self.forward(
+            packed.query,
+            None if key is None else packed.key,
+            None if value is None else packed.value,
+            mask=packed.mask,
+            attn_bias=attn_bias,
+        )
+        return packed.unpack(out)
 
     def _complete(
         self, query: Tensor, key: Tensor | None, value: Tensor | None
