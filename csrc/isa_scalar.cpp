@@ -1,11 +1,13 @@
 // clang-format off: the vectors come first, the kernels are written over them
 #include "vec_scalar.h"
 #include "kernel/forward.h"
+#include "kernel/backward.h"
 #include "kernel/peak.h"
 // clang-format on
 
 namespace manyheads {
 extern const Kernels kKernelsScalar;
-const Kernels kKernelsScalar{"scalar", num_items,     scratch_bytes, begin,
-                             forward,  kFlopsPerStep, multiply_add};
+const Kernels kKernelsScalar{"scalar",        num_items,    scratch_bytes, begin,
+                             forward,         shared_bytes, partial_bytes, backward_scratch_bytes,
+                             num_stage_items, backward,     kFlopsPerStep, multiply_add};
 }  // namespace manyheads
