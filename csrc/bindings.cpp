@@ -35,7 +35,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 void check(bool fine, const char* what) {
   if (!fine) {
-    throw std::runtime_error(std::string("manyheads::attention_forward: expected ") + what +
+    throw std::runtime_error(std::string("manyheads operators: expected ") + what +
                              "; call manyheads.attention, which checks and converts arguments");
   }
 }

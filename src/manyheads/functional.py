@@ -258,30 +258,20 @@ def _prepare(
     fields = (
         batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim, dtype, device.type, plan.kind,
         bias.kinds, softcap is not None, sinks is not None, dropout_p > 0.0, needs_grad, needs_lse,
-        causal, transformed, transformed and _only_mapped(call),
+        causal, transformed, transformed and _forward_mode(),
     )  # fmt: skip
     return call, fields, unbatched
 
 
-def _only_mapped(call: AttentionCall) -> bool:
-    """Whether vmap, at any depth, is the only transform, and no gradient is needed through it.
-
-    Inside vmap a tensor does not tell that it requires grad; the one that it stands for does.
-    """
-    functorch = torch._C._functorch
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    levels = functorch.get_interpreter_stack() or ()
-    if any(level.key() != functorch.TransformType.Vmap for level in levels):
-        return False
-    if not torch.is_grad_enabled():
+def _forward_mode() -> bool:
+    """Whether torch.func.jvp, at any depth, or a dual_level is around."""
+    if torch.autograd.forward_ad._current_level >= 0:
         return True
-    for tensor in (call.query, call.key, call.value, call.sinks, *call.bias.tensors):
-        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = functorch.get_unwrapped(tensor)
-        if tensor is not None and tensor.requires_grad:
-            return False
-    return True
+    if torch.compiler.is_compiling():
+        return False  # the stack cannot be traced
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Jvp for level in levels)
 
 
 def _requires_grad(call: AttentionCall) -> bool:
