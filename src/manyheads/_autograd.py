@@ -65,6 +65,9 @@ def attention(arguments: _Arguments, need_lse: bool) -> tuple[Tensor, Tensor]:
 class _OnceDifferentiable(torch.autograd.Function):
     """(need_lse, *flat) -> (out, lse, stats): as much of it as torch.compile can trace."""
 
+    def __init__(self) -> None:
+        """torch.compile makes an object of this class, of which the base class would warn."""
+
     @staticmethod
     def forward(need_lse: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
         result: tuple[Tensor, Tensor, Tensor]
