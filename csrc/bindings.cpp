@@ -420,7 +420,9 @@ void read_gradients(Backward& b, const Tensor& grad_out, const OptionalTensor& g
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Results for the bits of `needs`; zeros where they are added to, or not written for want of rows.
-Gradients make_gradients(Backward& b, int64_t needs, const OptionalTensor& dense_bias) {
+Gradients make_gradients(Backward& b, int64_t needs, const OptionalTensor& sinks,
+                         const OptionalTensor& slopes, const OptionalTensor& distance_values,
+                         const OptionalTensor& dense_bias) {
   const Forward& f = b.forward;
   const bool empty = f.B * f.Hq * f.Lq * f.Lk == 0;
   const auto heads = [&](Need need, int64_t H, int64_t L, int64_t width, const int64_t (&like)[3],
@@ -436,9 +438,9 @@ Gradients make_gradients(Backward& b, int64_t needs, const OptionalTensor& dense
     std::fill_n(data, tensor.numel(), 0.0f);
     return tensor;
   };
-  check(!(needs & kNeedSinks) || f.sinks, "sinks where their gradient is wanted");
-  check(!(needs & kNeedSlopes) || f.bias.slopes, "slopes where their gradient is wanted");
-  check(!(needs & kNeedDistanceValues) || f.bias.distance_values,
+  check(!(needs & kNeedSinks) || sinks, "sinks where their gradient is wanted");
+  check(!(needs & kNeedSlopes) || slopes, "slopes where their gradient is wanted");
+  check(!(needs & kNeedDistanceValues) || distance_values,
         "distance_values where their gradient is wanted");
   check(!(needs & kNeedDense) || dense_bias, "dense_bias where its gradient is wanted");
   std::vector<int64_t> dense_sizes(4, 1);
@@ -507,7 +509,7 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
   b.forward = read_call(query, key, value, scale, softcap, sinks, band, band_rows, query_positions,
                         intervals, allowed, slopes, distance_values, distance_offset, dense_bias);
   read_gradients(b, grad_out, grad_lse, out, stats);
-  Gradients gradients = make_gradients(b, needs, dense_bias);
+  Gradients gradients = make_gradients(b, needs, sinks, slopes, distance_values, dense_bias);
   const Forward& f = b.forward;
   if (f.B * f.Hq * f.Lq * f.Lk > 0) run_stages(*choice.kernels, b);
   return gradients;

@@ -56,7 +56,7 @@ def wants_gradient(arguments: _Arguments) -> bool:
 
 
 def attention(arguments: _Arguments, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the forward operator's arguments, differentiable; lse is empty if not needed."""
+    """(out, lse) of the forward operator's arguments; lse is empty if it is not needed."""
     function = _OnceDifferentiable if torch.compiler.is_compiling() else _Attention
     out, lse, _ = function.apply(need_lse, *_flatten(arguments))  # type: ignore[no-untyped-call]
     return out, lse
@@ -64,9 +64,6 @@ def attention(arguments: _Arguments, need_lse: bool) -> tuple[Tensor, Tensor]:
 
 class _OnceDifferentiable(torch.autograd.Function):
     """(need_lse, *flat) -> (out, lse, stats): as much of it as torch.compile can trace."""
-
-    def __init__(self) -> None:
-        """torch.compile makes an object of this class, of which the base class would warn."""
 
     @staticmethod
     def forward(need_lse: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +140,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         function, primals, places = _first_derivative_by_definition(ctx)
-        _, pull = torch.func.vjp(function, *primals)
+        pull = torch.func.vjp(function, *primals)[1]
         found = pull(tuple(g for i, g in enumerate(grads) if ctx.needs >> i & 1))
         result: list[Tensor | None] = [None] * (5 + _FLAT_LENGTH)
         for place, gradient in zip(places, found, strict=True):
@@ -187,7 +184,7 @@ def _first_derivative_by_definition(ctx: Any) -> tuple[Any, tuple[Tensor, ...], 
         def attend(*changed: Tensor) -> tuple[Tensor, ...]:
             return _define(_replace(here, wanted, changed), len(flowing) == 2)
 
-        _, pull = torch.func.vjp(attend, *(here[p] for p in wanted))
+        pull = torch.func.vjp(attend, *(here[p] for p in wanted))[1]
         found: tuple[Tensor, ...] = pull(back)
         return found
 
