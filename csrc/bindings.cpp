@@ -435,6 +435,7 @@ Gradients make_gradients(Backward& b, int64_t needs, const OptionalTensor& sinks
   const auto zeros = [&](Need need, const std::vector<int64_t>& sizes, float*& data) {
     if (!(needs & need)) return make_none();
     Tensor tensor = make_contiguous(sizes, data);
+    prefer_large_pages(data, tensor.numel() * int64_t(sizeof(float)));
     std::fill_n(data, tensor.numel(), 0.0f);
     return tensor;
   };

@@ -423,6 +423,19 @@ inline KeyValue load_superblock(const Backward& back, const Unit& unit,
   return kv;
 }
 
+// Has the rows of the tiles from `index` on, as many as make a group, in cache by the time this
+// group is done.
+inline void fetch_tiles(const Backward& back, const Unit& unit, int64_t index, Prefetcher& soon) {
+  const Forward& call = back.forward;
+  soon.clear();
+  const int64_t lanes = tile_lanes(call), first = index * lanes;
+  const int64_t end = minimum(first + kGroupTiles * lanes, flat_queries(call));
+  if (first >= end) return;
+  const Item item{unit.b, unit.hkv, first, end};
+  want_query_rows(soon, call, call.query, call.query_stride, item, call.D);
+  want_query_rows(soon, call, back.grad_out, back.grad_out_stride, item, call.Dv);
+}
+
 // `count` tiles, block by block of the keys that any of them sees.
 inline void run_group(const Backward& back, const Unit& unit, const KeyValue& kv,
                       const BackwardScratch& scratch, int64_t count, const Shared& shared) {
@@ -469,6 +482,7 @@ inline void run_unit(const Backward& back, const Unit& unit, BackwardScratch& sc
       if (count == 0) continue;
       if (!any) clear_keys(back, unit, scratch.sums);
       any = true;
+      fetch_tiles(back, unit, i, *scratch.work.forward.soon);
       run_group(back, unit, kv, scratch, count, shared);
     }
     if (!any) continue;
