@@ -172,16 +172,19 @@ inline void find_delta(const Backward& back, const Tile& tile, const float* zero
   const Forward& call = back.forward;
   const int64_t piece = piece_of_columns(call);
   for (int first = 0; first < tile.count; first += W) {
+    const float *rows[W], *grad_rows[W];
+    for (int i = 0; i < W; ++i) {
+      rows[i] = attending_row(call, tile, call.out, call.out_stride, zeros, first + i);
+      grad_rows[i] =
+          attending_row(call, tile, back.grad_out, back.grad_out_stride, zeros, first + i);
+    }
     Vec total = zero(), sum = zero();
     for (int64_t d = 0; d < call.Dv; d += W) {
       const int64_t columns = minimum(W, call.Dv - d);
       Vec out[W], grad[W];
       for (int i = 0; i < W; ++i) {
-        const float* p = attending_row(call, tile, call.out, call.out_stride, zeros, first + i) + d;
-        const float* q =
-            attending_row(call, tile, back.grad_out, back.grad_out_stride, zeros, first + i) + d;
-        out[i] = load_some(p, columns);
-        grad[i] = load_some(q, columns);
+        out[i] = columns == W ? load(rows[i] + d) : load_some(rows[i] + d, columns);
+        grad[i] = columns == W ? load(grad_rows[i] + d) : load_some(grad_rows[i] + d, columns);
       }
       transpose(out);
       transpose(grad);

@@ -1,6 +1,6 @@
 """`attention()`: arguments are checked, mask and bias become plans, and a backend runs the call.
 
-Read on in spec.py (what a call is), dispatch.py (which backend runs it) and backends/reference.py
+Read on in spec.py (what a call is), dispatch.py (which backend runs it) and definition.py
 (what it means).
 """
 
@@ -124,7 +124,8 @@ def attention(
         BackendError: no backend, or not the one asked for, can run the call.
         StrictError: none can without memory that grows with Lq * Lk, and `strict` was given.
 
-    Second derivatives want backend="reference": PyTorch's fused kernels have only first ones.
+    Derivatives: "native" has first ones in O(n) memory; higher ones, and forward mode, go through
+    the definition, whose memory grows with Lq * Lk. "sdpa" has only first ones.
 
     >>> import torch, manyheads as mh
     >>> query = torch.randn(2, 8, 5, 16)                          # B=2, Hq=8, Lq=5, D=16
