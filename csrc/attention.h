@@ -59,8 +59,9 @@ struct Forward {
   const void* value;  // [B, Hkv, Lk, Dv]
   void* out;          // [B, Hq, Lq, Dv]
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // over b, h, row
-  float* lse;          // [B, Hq, Lq] contiguous, or null
-  const float* sinks;  // [Hq] or null
+  float* lse;                // [B, Hq, Lq] contiguous, or null
+  float *row_max, *row_sum;  // likewise: what the backward pass recomputes weights from
+  const float* sinks;        // [Hq] or null
   float scale;
   float softcap;             // 0: none (Python has checked that a given one is positive)
   PerBatch query_start;      // p = query_start + row, unless
@@ -71,6 +72,28 @@ struct Forward {
 };
 
 constexpr int kMaxHeadDim = 256;
+
+// The gradients of one forward call, float32 whatever its type. What is null is not wanted.
+struct Backward {
+  Forward forward;        // out, row_max and row_sum are what the forward pass left
+  const void* grad_out;   // [B, Hq, Lq, Dv], rows contiguous, of the inputs' type
+  const float* grad_lse;  // [B, Hq, Lq] contiguous, or null
+  float* grad_query;      // [B, Hq, Lq, D]; rows contiguous, as in all three
+  float* grad_key;        // [B, Hkv, Lk, D]
+  float* grad_value;      // [B, Hkv, Lk, Dv]
+  int64_t grad_out_stride[3], grad_query_stride[3], grad_key_stride[3], grad_value_stride[3];
+  float* grad_sinks;             // [Hq]
+  float* grad_slopes;            // [Hq]
+  float* grad_distance_values;   // [Hq, N]
+  float* grad_dense;             // contiguous, the sizes of the bias
+  int64_t grad_dense_stride[4];  // over b, h, row, key; 0 where broadcast
+  bool split_keys;               // parallel over keys as well: takes more memory, changes no bit
+  void* shared;                  // `shared_bytes`, for all threads
+};
+
+// The backward pass runs in these stages, one after the other; each has items that any thread may
+// run in any order.
+enum class Stage : int { start, rows, keys, finish };
 
 // One ISA's kernels. A call is cut into `num_items` independent items, in the order they should be
 // handed out; any thread may run any item, with `scratch_bytes` of 64-byte-aligned memory of its
@@ -86,6 +109,11 @@ struct Kernels {
   void (*prepare)(const Forward&, void* shared);
   void (*begin)(const Forward&, void* scratch);
   void (*forward)(const Forward&, int64_t item, int64_t likely_next, void* scratch, void* shared);
+  int64_t (*backward_shared_bytes)(const Backward&);
+  int64_t (*partial_bytes)(const Backward&);  // of these, what split_keys would add
+  int64_t (*backward_scratch_bytes)(const Backward&);
+  int64_t (*num_stage_items)(const Backward&, Stage);
+  void (*backward)(const Backward&, Stage, int64_t item, void* scratch);
   double flops_per_step;  // of multiply_add, which measures what this ISA can do at best
   float (*multiply_add)(int64_t steps);
 };

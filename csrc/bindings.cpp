@@ -34,7 +34,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 void check(bool fine, const char* what) {
   if (!fine) {
-    throw std::runtime_error(std::string("manyheads::attention_forward: expected ") + what +
+    throw std::runtime_error(std::string("manyheads operators: expected ") + what +
                              "; call manyheads.attention, which checks and converts arguments");
   }
 }
@@ -222,38 +222,64 @@ void prefer_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// [B, H, L, width] in the memory layout of another such tensor, its strides being `like`.
+template <class T>
+Tensor make_heads(Type type, int64_t B, int64_t H, int64_t L, int64_t width,
+                  const int64_t (&like)[3], T*& data, int64_t (&stride)[3]) {
+  const bool heads_inside_rows = like[1] < like[2];
+  const int64_t sizes[] = {B, H, L, width};
+  // As torch does for empty tensors, strides count an axis of size 0 as 1.
+  const int64_t heads = std::max<int64_t>(H, 1), rows = std::max<int64_t>(L, 1);
+  const int64_t strides[] = {heads * rows * width, heads_inside_rows ? width : rows * width,
+                             heads_inside_rows ? heads * width : width, 1};
+  Tensor tensor = empty(type, 4, sizes, strides);
+  std::copy_n(strides, 3, stride);
+  data = static_cast<T*>(tensor.mutable_data_ptr());
+  prefer_large_pages(data, B * H * L * width * size_of(type));
+  return tensor;
+}
+
 // [B, Hq, Lq, Dv] in the query's layout: where a position's heads lie side by side in the query
 // (a transposed [B, L, H, D]) they do in the output, so that merging them for the output
 // projection copies nothing. _ops.py's fake says the same.
 Tensor make_out(Forward& f) {
-  const bool heads_inside_rows = f.query_stride[1] < f.query_stride[2];
-  const int64_t sizes[] = {f.B, f.Hq, f.Lq, f.Dv};
-  // As torch does for empty tensors, strides count an axis of size 0 as 1.
-  const int64_t heads = std::max<int64_t>(f.Hq, 1), rows = std::max<int64_t>(f.Lq, 1);
-  const int64_t strides[] = {heads * rows * f.Dv, heads_inside_rows ? f.Dv : rows * f.Dv,
-                             heads_inside_rows ? heads * f.Dv : f.Dv, 1};
-  Tensor out = empty(f.type, 4, sizes, strides);
-  std::copy_n(strides, 3, f.out_stride);
-  f.out = out.mutable_data_ptr();
-  prefer_large_pages(f.out, f.B * f.Hq * f.Lq * f.Dv * size_of(f.type));
-  return out;
+  return make_heads(f.type, f.B, f.Hq, f.Lq, f.Dv, f.query_stride, f.out, f.out_stride);
+}
+
+// Contiguous; with sizes {0}, what stands for a result that nobody wants.
+Tensor make_contiguous(const std::vector<int64_t>& sizes, float*& data) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  Tensor tensor = empty(Type::float32, int64_t(sizes.size()), sizes.data(), strides.data());
+  data = static_cast<float*>(tensor.mutable_data_ptr());
+  return tensor;
+}
+Tensor make_none() {
+  float* unused;
+  return make_contiguous({0}, unused);
 }
 
 Tensor make_lse(Forward& f, bool need_lse) {
-  const int64_t none = 0, one = 1;
-  if (!need_lse) return empty(Type::float32, 1, &none, &one);
-  const int64_t sizes[] = {f.B, f.Hq, f.Lq};
-  const int64_t heads = std::max<int64_t>(f.Hq, 1), rows = std::max<int64_t>(f.Lq, 1);
-  const int64_t strides[] = {heads * rows, rows, 1};
-  Tensor lse = empty(Type::float32, 3, sizes, strides);
-  f.lse = static_cast<float*>(lse.mutable_data_ptr());
-  return lse;
+  return need_lse ? make_contiguous({f.B, f.Hq, f.Lq}, f.lse) : make_none();
+}
+
+// [2, B, Hq, Lq]: every row's maximum, then its sum.
+Tensor make_stats(Forward& f, bool need_stats) {
+  if (!need_stats) return make_none();
+  Tensor stats = make_contiguous({2, f.B, f.Hq, f.Lq}, f.row_max);
+  f.row_sum = f.row_max + f.B * f.Hq * f.Lq;
+  return stats;
 }
 
 // No keys: no query may attend to anything, sinks or not.
 void fill_without_keys(const Forward& f) {
   std::memset(f.out, 0, size_t(f.B * f.Hq * f.Lq * f.Dv * size_of(f.type)));  // dense either way
-  if (f.lse) std::fill_n(f.lse, f.B * f.Hq * f.Lq, -std::numeric_limits<float>::infinity());
+  const int64_t rows = f.B * f.Hq * f.Lq;
+  if (f.lse) std::fill_n(f.lse, rows, -std::numeric_limits<float>::infinity());
+  if (!f.row_max) return;
+  std::fill_n(f.row_max, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(f.row_sum, rows, 0.0f);
 }
 
 void run_items(const Kernels& kernels, const Forward& f) {
@@ -269,15 +295,12 @@ void run_items(const Kernels& kernels, const Forward& f) {
             torch::stable::get_num_threads(), prepare, begin, work, parallel_for);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, double scale, double softcap,
-    const OptionalTensor& sinks, const std::vector<int64_t>& band, const OptionalTensor& band_rows,
-    const OptionalTensor& query_positions, const OptionalTensor& intervals,
-    const OptionalTensor& allowed, const OptionalTensor& slopes,
-    const OptionalTensor& distance_values, int64_t distance_offset,
-    const OptionalTensor& dense_bias, bool need_lse) {
-  const Choice choice = choose_kernels();
-  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+Forward read_call(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+                  double softcap, const OptionalTensor& sinks, const std::vector<int64_t>& band,
+                  const OptionalTensor& band_rows, const OptionalTensor& query_positions,
+                  const OptionalTensor& intervals, const OptionalTensor& allowed,
+                  const OptionalTensor& slopes, const OptionalTensor& distance_values,
+                  int64_t distance_offset, const OptionalTensor& dense_bias) {
   Forward f{};
   read_inputs(f, query, key, value);
   read_band(f, band, band_rows);
@@ -288,8 +311,23 @@ std::tuple<Tensor, Tensor> attention_forward(
   f.sinks = read_per_head(f, sinks, "sinks float32 [Hq]");
   f.scale = float(scale);
   f.softcap = float(softcap);
+  return f;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, double softcap,
+    const OptionalTensor& sinks, const std::vector<int64_t>& band, const OptionalTensor& band_rows,
+    const OptionalTensor& query_positions, const OptionalTensor& intervals,
+    const OptionalTensor& allowed, const OptionalTensor& slopes,
+    const OptionalTensor& distance_values, int64_t distance_offset,
+    const OptionalTensor& dense_bias, bool need_lse, bool need_stats) {
+  const Choice choice = choose_kernels();
+  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  Forward f = read_call(query, key, value, scale, softcap, sinks, band, band_rows, query_positions,
+                        intervals, allowed, slopes, distance_values, distance_offset, dense_bias);
   Tensor out = make_out(f);
   Tensor lse = make_lse(f, need_lse);
+  Tensor stats = make_stats(f, need_stats);
   if (f.B * f.Hq * f.Lq > 0) {
     if (f.Lk == 0) {
       fill_without_keys(f);
@@ -297,7 +335,143 @@ std::tuple<Tensor, Tensor> attention_forward(
       run_items(*choice.kernels, f);
     }
   }
-  return {out, lse};
+  return {out, lse, stats};
+}
+
+// Which gradients the backward pass is to find, as bits of `needs`, in the order of its results.
+enum Need : int64_t {
+  kNeedQuery = 1,
+  kNeedKey = 2,
+  kNeedValue = 4,
+  kNeedSinks = 8,
+  kNeedSlopes = 16,
+  kNeedDistanceValues = 32,
+  kNeedDense = 64,
+};
+
+void read_gradients(Backward& b, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                    const Tensor& out, const Tensor& stats) {
+  Forward& f = b.forward;
+  const View g(grad_out), o(out), s(stats);
+  const int64_t sizes[] = {f.B, f.Hq, f.Lq, f.Dv};
+  for (const View* v : {&g, &o})
+    check(v->dim == 4 && read_type(v->dtype) == f.type && std::equal(sizes, sizes + 4, v->sizes) &&
+              v->unit_stride(3),
+          "out and grad_out [B, Hq, Lq, Dv] of the query's dtype, rows contiguous");
+  check(s.is(ScalarType::Float, 4) && s.sizes[0] == 2 &&
+            std::equal(sizes, sizes + 3, s.sizes + 1) && stats.is_contiguous(),
+        "stats float32 [2, B, Hq, Lq], contiguous");
+  b.grad_out = g.data;
+  std::copy_n(g.strides, 3, b.grad_out_stride);
+  f.out = const_cast<void*>(o.data);
+  std::copy_n(o.strides, 3, f.out_stride);
+  f.row_max = const_cast<float*>(s.as<float>());
+  f.row_sum = f.row_max + f.B * f.Hq * f.Lq;
+  if (!grad_lse) return;
+  const View l(*grad_lse);
+  check(l.is(ScalarType::Float, 3) && std::equal(sizes, sizes + 3, l.sizes) &&
+            grad_lse->is_contiguous(),
+        "grad_lse float32 [B, Hq, Lq], contiguous");
+  b.grad_lse = l.as<float>();
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Results for the bits of `needs`; zeros where they are added to, or not written for want of rows.
+Gradients make_gradients(Backward& b, int64_t needs, const OptionalTensor& sinks,
+                         const OptionalTensor& slopes, const OptionalTensor& distance_values,
+                         const OptionalTensor& dense_bias) {
+  const Forward& f = b.forward;
+  const bool empty = f.B * f.Hq * f.Lq * f.Lk == 0;
+  const auto heads = [&](Need need, int64_t H, int64_t L, int64_t width, const int64_t (&like)[3],
+                         float*& data, int64_t (&stride)[3]) {
+    if (!(needs & need)) return make_none();
+    Tensor tensor = make_heads(Type::float32, f.B, H, L, width, like, data, stride);
+    if (empty) std::fill_n(data, f.B * H * L * width, 0.0f);
+    return tensor;
+  };
+  const auto zeros = [&](Need need, const std::vector<int64_t>& sizes, float*& data) {
+    if (!(needs & need)) return make_none();
+    Tensor tensor = make_contiguous(sizes, data);
+    prefer_large_pages(data, tensor.numel() * int64_t(sizeof(float)));
+    std::fill_n(data, tensor.numel(), 0.0f);
+    return tensor;
+  };
+  check(!(needs & kNeedSinks) || sinks, "sinks where their gradient is wanted");
+  check(!(needs & kNeedSlopes) || slopes, "slopes where their gradient is wanted");
+  check(!(needs & kNeedDistanceValues) || distance_values,
+        "distance_values where their gradient is wanted");
+  check(!(needs & kNeedDense) || dense_bias, "dense_bias where its gradient is wanted");
+  std::vector<int64_t> dense_sizes(4, 1);
+  if (dense_bias) {
+    std::copy_n(dense_bias->sizes().data(), 4, dense_sizes.data());
+    for (int64_t i = 3, stride = 1; i >= 0; stride *= dense_sizes[i--])
+      b.grad_dense_stride[i] = dense_sizes[i] == 1 ? 0 : stride;
+  }
+  return {heads(kNeedQuery, f.Hq, f.Lq, f.D, f.query_stride, b.grad_query, b.grad_query_stride),
+          heads(kNeedKey, f.Hkv, f.Lk, f.D, f.key_stride, b.grad_key, b.grad_key_stride),
+          heads(kNeedValue, f.Hkv, f.Lk, f.Dv, f.value_stride, b.grad_value, b.grad_value_stride),
+          zeros(kNeedSinks, {f.Hq}, b.grad_sinks),
+          zeros(kNeedSlopes, {f.Hq}, b.grad_slopes),
+          zeros(kNeedDistanceValues, {f.Hq, f.bias.num_distances}, b.grad_distance_values),
+          zeros(kNeedDense, dense_sizes, b.grad_dense)};
+}
+
+// Whether to share one head's keys among threads: where heads alone would leave threads idle for a
+// fifth of the time or more, and the memory it takes is bearable. Changes no bit.
+bool should_split_keys(const Kernels& kernels, const Backward& b) {
+  constexpr int64_t kMostBytes = int64_t(1) << 30;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t units = kernels.num_stage_items(b, Stage::keys);
+  const int64_t rounds = (units + threads - 1) / threads;
+  return threads > 1 && units * 5 < rounds * threads * 4 && kernels.partial_bytes(b) <= kMostBytes;
+}
+
+void run_stages(const Kernels& kernels, Backward& b) {
+  b.split_keys = should_split_keys(kernels, b);
+  const auto rounded = [](int64_t bytes) { return (size_t(bytes) + 63) / 64 * 64; };
+  const size_t shared = rounded(kernels.backward_shared_bytes(b));
+  const size_t each = rounded(kernels.backward_scratch_bytes(b));
+  const Scratch memory(shared + each * size_t(torch::stable::get_num_threads()));
+  b.shared = memory.data();
+  for (const Stage stage : {Stage::start, Stage::rows, Stage::keys, Stage::finish}) {
+    const int64_t items = kernels.num_stage_items(b, stage);
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+    std::atomic<int64_t> next{0};
+    const auto work = [&](int64_t first, int64_t last) noexcept {
+      for (int64_t worker = first; worker < last; ++worker) {
+        std::byte* const scratch = memory.data() + shared + size_t(worker) * each;
+        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+          kernels.backward(b, stage, item, scratch);
+      }
+    };
+    if (threads == 1) {
+      work(0, 1);
+    } else {
+      torch::stable::parallel_for(0, threads, 1, work);
+    }
+  }
+}
+
+Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                             const Tensor& out, const Tensor& stats, const Tensor& query,
+                             const Tensor& key, const Tensor& value, double scale, double softcap,
+                             const OptionalTensor& sinks, const std::vector<int64_t>& band,
+                             const OptionalTensor& band_rows, const OptionalTensor& query_positions,
+                             const OptionalTensor& intervals, const OptionalTensor& allowed,
+                             const OptionalTensor& slopes, const OptionalTensor& distance_values,
+                             int64_t distance_offset, const OptionalTensor& dense_bias,
+                             int64_t needs) {
+  const Choice choice = choose_kernels();
+  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  Backward b{};
+  b.forward = read_call(query, key, value, scale, softcap, sinks, band, band_rows, query_positions,
+                        intervals, allowed, slopes, distance_values, distance_offset, dense_bias);
+  read_gradients(b, grad_out, grad_lse, out, stats);
+  Gradients gradients = make_gradients(b, needs, sinks, slopes, distance_values, dense_bias);
+  const Forward& f = b.forward;
+  if (f.B * f.Hq * f.Lq * f.Lk > 0) run_stages(*choice.kernels, b);
+  return gradients;
 }
 
 // GFLOP/s of fused multiply-adds on all of torch's threads, over about `seconds`.
@@ -359,7 +533,16 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "attention_forward(Tensor query, Tensor key, Tensor value, float scale, float softcap, "
       "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
       "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
-      "SymInt distance_offset, Tensor? dense_bias, bool need_lse) -> (Tensor out, Tensor lse)");
+      "SymInt distance_offset, Tensor? dense_bias, bool need_lse, bool need_stats) -> "
+      "(Tensor out, Tensor lse, Tensor stats)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor stats, "
+      "Tensor query, Tensor key, Tensor value, float scale, float softcap, "
+      "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
+      "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
+      "SymInt distance_offset, Tensor? dense_bias, int needs) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks, "
+      "Tensor grad_slopes, Tensor grad_distance_values, Tensor grad_dense_bias)");
   m.def("fma_peak(float seconds) -> float");
   m.def("read_rate(Tensor data) -> float");
   m.def("cpu_kernels() -> (str name, str detected, str error, str matrix_types)");
@@ -367,6 +550,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&manyheads::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&manyheads::attention_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {

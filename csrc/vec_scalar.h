@@ -72,12 +72,12 @@ inline uint16_t to_bfloat16(float x) {
 }
 // 4 values of a half type
 inline Vec load_bfloat16(const uint16_t* p) {
-  Vec x;
+  Vec x = zero();
   for (int i = 0; i < 4; ++i) x.v[i] = float_of(uint32_t(p[i]) << 16);
   return x;
 }
 inline Vec load_float16(const uint16_t* p) {
-  Vec x;
+  Vec x = zero();
   for (int i = 0; i < 4; ++i) x.v[i] = from_float16(p[i]);
   return x;
 }

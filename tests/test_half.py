@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import Case, build
-from oracle import attend
-from tolerance import assert_close_to_oracle, eager
+from cases import Built, Case, build
+from oracle import Problem, attend
+from tolerance import assert_close_to_oracle, assert_gradients_close, eager
 
 import manyheads as mh
 from manyheads import _ops
@@ -63,6 +63,38 @@ def test_results_are_float32_results_rounded_once(dtype: torch.dtype) -> None:
     )
     assert torch.equal(out, wide.to(dtype))
     assert lse.dtype == torch.float32 and torch.equal(lse, wide_lse)
+
+
+@HALF
+@pytest.mark.parametrize("layout", ["contiguous", "rows_first"])
+@pytest.mark.parametrize("mask", ["none", "causal", "sink_window", "dense", "nothing"])
+def test_gradients(dtype: torch.dtype, mask: str, layout: str) -> None:
+    built = build(Case(mask, "alibi", (6, 2), (23, 17), (67, 131), dtype=dtype, layout=layout))
+    grad_out = torch.randn(2, 6, 67, 17).to(dtype)
+
+    def run(problem: Problem) -> torch.Tensor:
+        out = Built(problem, built.arguments).run("native")
+        assert out.dtype == dtype
+        return out
+
+    assert_gradients_close(built.problem, grad_out, dtype, run)
+
+
+@HALF
+def test_gradients_are_float32_gradients_rounded_once(dtype: torch.dtype) -> None:
+    """But for the output, which the backward pass sees rounded: of this one every bit is zero."""
+    leaves = [torch.randn(2, 3, n, 37).to(dtype).requires_grad_() for n in (41, 157, 157)]
+    with torch.no_grad():
+        leaves[2].zero_()
+    out = mh.attention(*leaves, mask=mh.Window(9, 9), backend="native")
+    grad_out = torch.randn_like(out)
+    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    wide_out = mh.attention(*wide, mask=mh.Window(9, 9), backend="native")
+    found = torch.autograd.grad(out, leaves, grad_out)
+    for ours, exact in zip(
+        found, torch.autograd.grad(wide_out, wide, grad_out.float()), strict=True
+    ):
+        assert ours.dtype == dtype and torch.equal(ours, exact.to(dtype))
 
 
 @HALF

@@ -562,6 +562,8 @@ def test_repr():
 # --- compile and export ------------------------------------------------------------------------
 
 
+# Of its own making: torch.compile makes an autograd.Function object, and lets no filter know.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("grad", [False, True])
 def test_compiles_whole(grad):
     module = randomised(MultiHeadAttention(E, mask=mh.Causal(), qk_norm="rms", **ROTARY))

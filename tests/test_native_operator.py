@@ -151,9 +151,9 @@ def test_plans_and_biases_arrive_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str) -> None:
-    arguments = operator_arguments(CALLS[name]())[:-1]
-    for need_lse in (True, False):
-        torch.library.opcheck(OPERATOR, (*arguments, need_lse))
+    arguments = operator_arguments(CALLS[name]())[:-2]
+    for needs in ((True, False), (False, True)):
+        torch.library.opcheck(OPERATOR, (*arguments, *needs))
 
 
 def heads_last(tensor: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ MAPPED = {
     ("name", "mapped"), [(name, mapped) for name in MAPPED for mapped in MAPPED[name]]
 )
 def test_vmap_is_a_loop(name: str, mapped: tuple[int, ...], need_lse: bool) -> None:
-    arguments = (*operator_arguments(CALLS[name]())[:-1], need_lse)
+    arguments = (*operator_arguments(CALLS[name]())[:-2], need_lse, not need_lse)
     stacks = tuple(
         torch.stack([arguments[i], arguments[i].flip(0), arguments[i].roll(1, -1)]) for i in mapped
     )
@@ -240,12 +240,15 @@ def test_vmap_is_a_loop(name: str, mapped: tuple[int, ...], need_lse: bool) -> N
             merged[i] = tensor
         return OPERATOR(*merged)
 
-    outs, lses = torch.vmap(operator, out_dims=(0, 0 if need_lse else None))(*stacks)
+    out_dims = (0, 0, None) if need_lse else (0, None, 0)
+    outs, lses, stats = torch.vmap(operator, out_dims=out_dims)(*stacks)
     for n in range(3):
-        out, lse = operator(*(stack[n] for stack in stacks))
+        out, lse, stat = operator(*(stack[n] for stack in stacks))
         assert torch.equal(outs[n], out)
         if need_lse:
             assert torch.equal(lses[n], lse)
+        else:
+            assert torch.equal(stats[n], stat)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -349,12 +352,11 @@ def test_two_masks_are_refused() -> None:
     [
         ({"device": "cuda"}, "cuda"),
         ({"dtype": torch.float64}, "float64"),
-        ({"needs_grad": True}, "gradient"),
         ({"dropout": True}, "dropout"),
         ({"head_dim": 257}, "head_dim is 257"),
         ({"head_dim": 0}, "head_dim is 0"),
         ({"value_dim": 257}, "value_dim is 257"),
-        ({"transformed": True}, "transform"),
+        ({"transformed": True, "forward_mode": True}, "forward-mode"),
     ],
 )
 def test_why_not(changes: dict[str, Any], words: str) -> None:

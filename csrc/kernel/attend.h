@@ -103,9 +103,9 @@ inline bool masked_rows_not_finite(const Block& block, const float* value, int64
 }
 
 // Vᵀ Pᵀ where weights marked as masked (-0) take no part, in multiply_rows' order. Rare and slow.
-template <int N>
+template <int N, class Use>
 [[gnu::noinline]] void multiply_guarded(const float* value, int64_t stride, const float* weights,
-                                        int64_t T, int64_t Dv, AddToOut<N> use) {
+                                        int64_t T, int64_t Dv, Use use) {
   for (int64_t d = 0; d < Dv; ++d) {
     Vec c[1][N];
     for (int n = 0; n < N; ++n) c[0][n] = zero();
@@ -126,47 +126,64 @@ struct KeyValue {
   int64_t key_stride, value_stride;
 };
 
-// Sᵀ = K Qᵀ for the block's rows. D is summed in pieces: a chain over a long head is less exact
-// than the matrix product it is measured against, and with few queries (then a dot product with
-// many partial sums) even more so.
+// Columns are summed in pieces of so many: a chain over a long head is less exact than the matrix
+// product it is measured against, and with few queries (then a dot product with many partial sums)
+// even more so.
+inline int64_t piece_of_columns(const Forward& call) {
+  return call.Lq * (call.Hq / call.Hkv) <= 16 ? 8 : 128;
+}
+
+// scores[row][lane] = sum over columns of rows[row][column] * columns[column][lane] for the block's
+// rows: Sᵀ = K Qᵀ.
 template <int N>
-inline void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
-                           const KeyValue& kv, const Block& block, float* running_max) {
-  const int64_t piece = call.Lq * (call.Hq / call.Hkv) <= 16 ? 8 : 128;
-  const auto max_after = [&](int64_t d) { return d < call.D ? nullptr : running_max; };
-  multiply_rows<N, false>(kv.key, kv.key_stride, tile.query, minimum(piece, call.D), block.begin,
-                          block.end, *work.soon,
-                          StoreScores<N, false>{work.scores, max_after(piece)});
-  for (int64_t d = piece; d < call.D; d += piece)
-    multiply_rows<N, false>(kv.key + d, kv.key_stride, tile.query + d * N * Vec::kLanes,
-                            minimum(piece, call.D - d), block.begin, block.end, *work.soon,
-                            StoreScores<N, true>{work.scores, max_after(d + piece)});
+inline void multiply_columns(const Forward& call, const float* rows, int64_t stride,
+                             const float* columns, int64_t width, const Block& block,
+                             Prefetcher& soon, float* scores, float* running_max) {
+  const int64_t piece = piece_of_columns(call);
+  const auto max_after = [&](int64_t d) { return d < width ? nullptr : running_max; };
+  multiply_rows<N, false>(rows, stride, columns, minimum(piece, width), block.begin, block.end,
+                          soon, StoreScores<N, false>{scores, max_after(piece)});
+  for (int64_t d = piece; d < width; d += piece)
+    multiply_rows<N, false>(rows + d, stride, columns + d * N * Vec::kLanes,
+                            minimum(piece, width - d), block.begin, block.end, soon,
+                            StoreScores<N, true>{scores, max_after(d + piece)});
+}
+
+// The rows of a block that a tile computes, [begin, end); false if there are none.
+inline bool find_block(const Forward& call, const Tile& tile, const Workspace& work,
+                       int64_t key_of_block, Block& block) {
+  block = {key_of_block, 0, minimum(kBlock, call.Lk - key_of_block), 0, 0};
+  trim_block(tile, block);
+  if (work.allowed && block.begin < block.end) read_allowed(tile, block, work.allowed);
+  return block.begin < block.end;
+}
+
+// From raw scores to logits in natural units, where they differ by more than the scale.
+template <int N>
+inline void make_logits(const Forward& call, const Tile& tile, Block& block,
+                        const Workspace& work) {
+  if (!transforms(call)) return;
+  if (call.bias.dense) read_bias(call, tile, block, work.bias);
+  transform_scores<N>(call, tile, block, work);
+  // A dense bias may hold -inf, which masks as well.
+  if (call.bias.dense) block.core_begin = block.core_end = block.begin;
 }
 
 template <int N>
 void attend_block(const Forward& call, Tile& tile, const Workspace& work, const KeyValue& kv,
                   int64_t key_of_block) {
   constexpr int W = Vec::kLanes, L = N * W;
-  Block block{key_of_block, 0, minimum(kBlock, call.Lk - key_of_block), 0, 0};
-  trim_block(tile, block);
-  if (block.begin >= block.end) return;
-  if (work.allowed) {
-    read_allowed(tile, block, work.allowed);
-    if (block.begin >= block.end) return;
-  }
+  Block block;
+  if (!find_block(call, tile, work, key_of_block, block)) return;
   Vec old_max[N], new_max[N], base[N], sum[N];
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) old_max[n] = load(tile.inner.max + n * W);
   // Where the scores are final as they come, their maximum is taken while they are in registers.
   const bool final =
       !transforms(call) && block.core_begin == block.begin && block.core_end == block.end;
-  compute_scores<N>(call, tile, work, kv, block, final ? tile.inner.max : nullptr);
-  if (transforms(call)) {
-    if (call.bias.dense) read_bias(call, tile, block, work.bias);
-    transform_scores<N>(call, tile, block, work);
-    // A dense bias may hold -inf, which masks as well.
-    if (call.bias.dense) block.core_begin = block.core_end = block.begin;
-  }
+  multiply_columns<N>(call, kv.key, kv.key_stride, tile.query, call.D, block, *work.soon,
+                      work.scores, final ? tile.inner.max : nullptr);
+  make_logits<N>(call, tile, block, work);
 
   const Vec unit = set(score_unit(call));
 #pragma GCC unroll 3

@@ -15,7 +15,10 @@ constexpr int64_t kChunk = 512;
 // Keys whose scores are computed before their values are read.
 constexpr int64_t kStep = 64;
 
-inline bool decodes(const Forward& call) { return flat_queries(call) <= kFewQueries; }
+// Not where a backward pass is to follow: it recomputes the scores in the tiles' order.
+inline bool decodes(const Forward& call) {
+  return flat_queries(call) <= kFewQueries && !call.row_max;
+}
 inline int64_t num_chunks(const Forward& call) { return (call.Lk + kChunk - 1) / kChunk; }
 
 // Running result over some keys, row r of `out` being flat query r: unnormalised, relative to
@@ -371,7 +374,7 @@ void decode(const Forward& call, int64_t index, void* memory, void* shared) {
   tile.first = 0;
   tile.count = int(flat_queries(call));
   tile.vectors = (tile.count + Vec::kLanes - 1) / Vec::kLanes;
-  find_lanes(call, tile);
+  place_tile(call, tile);
   const int64_t begin = maximum(chunk * kChunk, tile.keys.begin / kStep * kStep);
   const int64_t end = minimum(minimum((chunk + 1) * kChunk, call.Lk), tile.keys.end);
   clear(*scratch.rows, tile.count * call.Dv);

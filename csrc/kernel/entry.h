@@ -1,6 +1,7 @@
 // What an ISA's table points at: a call goes to the tiles or, with few queries, to decoding.
 #pragma once
 
+#include "backward.h"
 #include "decode.h"
 #include "peak.h"
 

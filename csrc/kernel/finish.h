@@ -38,6 +38,16 @@ inline void store_lse(const Forward& call, const Tile& tile, const float* maxima
   }
 }
 
+// What the backward pass recomputes weights from: the row's maximum, in the scores' own units, and
+// the sum relative to it.
+inline void store_stats(const Forward& call, const Tile& tile, const Partial& total) {
+  for (int lane = 0; lane < tile.count; ++lane) {
+    const int64_t row = (tile.b * call.Hq + tile.head[lane]) * call.Lq + tile.row[lane];
+    call.row_max[row] = total.max[lane];
+    call.row_sum[row] = total.sum[lane];
+  }
+}
+
 // a / b given 1 / b: one Newton step makes it as exact as a division, at a fraction of the time.
 inline Vec divide(Vec a, Vec b, Vec inverse) {
   const Vec quotient = a * inverse;
@@ -53,6 +63,7 @@ inline void finish_tile(const Forward& call, Tile& tile) {
   Partial& total = total_of(call, tile);
   if (call.sinks) add_sinks(call, tile, total);
   if (call.lse) store_lse(call, tile, total.max, total.sum);
+  if (call.row_max) store_stats(call, tile, total);
   for (int64_t v = 0; v < lanes; v += W) {
     const Vec sum = load(total.sum + v);
     const Vec inverse = select(equal(sum, zero()), zero(), set(1.0f) / sum);

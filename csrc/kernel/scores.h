@@ -21,11 +21,12 @@ struct Slot {
 };
 
 struct Workspace {
-  float* scores;   // [kBlock][lanes]: raw scores, then weights
-  float* bias;     // [kBlock][lanes] where the call has a dense bias
-  float* allowed;  // [kBlock][lanes] of 0 and 1 where it has a dense mask
-  Slot* slots;     // null unless rows of K or V have to be packed
-  float* packed;   // a slot's [kBlock][D] of K, then [kBlock][Dv] of V, or the one that needs it
+  float* scores;                    // [kBlock][lanes]: raw scores, then weights
+  float* bias;                      // [kBlock][lanes] where the call has a dense bias
+  float* allowed;                   // [kBlock][lanes] of 0 and 1 where it has a dense mask
+  float* softcap_slopes = nullptr;  // [kBlock][lanes], written where a backward pass wants them
+  Slot* slots;                      // null unless rows of K or V have to be packed
+  float* packed;  // a slot's [kBlock][D] of K, then [kBlock][Dv] of V, or the one that needs it
   Prefetcher* soon;
 };
 
@@ -145,6 +146,17 @@ template <int N>
   transform_rows<N>(block, work, [&](int64_t, int, Vec s) { return cap * tanh(s * to_cap); });
 }
 
+// The softcap's derivative 1 - tanh², from scores that it has just capped.
+template <int N>
+[[gnu::noinline]] void keep_softcap_slopes(const Forward& call, const Block& block,
+                                           const Workspace& work) {
+  const Vec one = set(1.0f), cap = set(call.softcap);
+  for (int64_t i = block.begin * N; i < block.end * N; ++i) {
+    const Vec t = load(work.scores + i * Vec::kLanes) / cap;
+    store(work.softcap_slopes + i * Vec::kLanes, (one - t) * (one + t));
+  }
+}
+
 template <int N>
 [[gnu::noinline]] void add_alibi(const Tile& tile, const Block& block, const Workspace& work,
                                  Vec scale) {
@@ -189,6 +201,7 @@ inline void transform_scores(const Forward& call, const Tile& tile, const Block&
     return taken;
   };
   if (call.softcap != 0) apply_softcap<N>(call, block, work, take_scale());
+  if (work.softcap_slopes) keep_softcap_slopes<N>(call, block, work);
   if (bias.slopes) add_alibi<N>(tile, block, work, take_scale());
   if (bias.distance_values) add_distance_values<N>(bias, tile, block, work, take_scale());
   if (bias.dense || (call.sinks && call.softcap == 0 && !has_bias(bias))) {

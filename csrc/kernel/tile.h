@@ -161,28 +161,32 @@ inline int64_t flat_queries(const Forward& call) { return call.Lq * (call.Hq / c
 
 inline bool has_bias(const Bias& bias) { return bias.slopes || bias.distance_values || bias.dense; }
 
-// Qᵀ of the tile's lanes: [D][lanes]. The sign of a negative scale goes here, so that the kernel's
-// running maximum is that of the scaled scores too.
-inline void pack_query(const Forward& call, Tile& tile) {
+// to[column][lane] = factor * row_of(lane)[column].
+template <class RowOf>
+inline void pack_columns(const Forward& call, const Tile& tile, int64_t width, Vec factor,
+                         float* to, RowOf row_of) {
   constexpr int W = Vec::kLanes;
   const int64_t lanes = tile.lanes();
-  const Vec sign = set(call.scale < 0 ? -1.0f : 1.0f);
   for (int v = 0; v < tile.vectors; ++v) {
     const void* source[W];
-    for (int i = 0; i < W; ++i) {
-      const int lane = v * W + i;
-      source[i] =
-          row_at(call.query, call.type, call.query_stride, tile.b, tile.head[lane], tile.row[lane]);
-    }
-    for (int64_t d = 0; d < call.D; d += W) {
-      const int64_t columns = minimum(W, call.D - d);
+    for (int i = 0; i < W; ++i) source[i] = row_of(v * W + i);
+    for (int64_t d = 0; d < width; d += W) {
+      const int64_t columns = minimum(W, width - d);
       Vec rows[W];
       for (int i = 0; i < W; ++i) rows[i] = load_row(call.type, source[i], d, columns);
       transpose(rows);
-      for (int64_t i = 0; i < columns; ++i)
-        store(tile.query + (d + i) * lanes + v * W, rows[i] * sign);
+      for (int64_t i = 0; i < columns; ++i) store(to + (d + i) * lanes + v * W, rows[i] * factor);
     }
   }
+}
+
+// Qᵀ of the tile's lanes: [D][lanes]. The sign of a negative scale goes here, so that the kernel's
+// running maximum is that of the scaled scores too.
+inline void pack_query(const Forward& call, Tile& tile) {
+  pack_columns(call, tile, call.D, set(call.scale < 0 ? -1.0f : 1.0f), tile.query, [&](int lane) {
+    return row_at(call.query, call.type, call.query_stride, tile.b, tile.head[lane],
+                  tile.row[lane]);
+  });
 }
 
 inline void clear(Partial& partial, int64_t lanes, int64_t Dv) {
@@ -213,8 +217,8 @@ inline void find_bias(const Forward& call, Tile& tile) {
   }
 }
 
-// tile.b, hkv, first, count and vectors are set; this says what each lane is and may attend to.
-inline void find_lanes(const Forward& call, Tile& tile) {
+// tile.b, hkv, first, count and vectors are set; this fills in what its lanes are and may see.
+inline void place_tile(const Forward& call, Tile& tile) {
   name_lanes(call, tile);
   tile.num_ranges = count_ranges(call.mask);
   find_positions(call, tile);
@@ -225,9 +229,9 @@ inline void find_lanes(const Forward& call, Tile& tile) {
       tile.allowed_row[lane] = at_lane(call.mask.allowed, call.mask.allowed_stride, tile, lane);
 }
 
-// As find_lanes, and fills the tile's buffers.
+// As place_tile, and its buffers, which are set too.
 inline void start_tile(const Forward& call, Tile& tile) {
-  find_lanes(call, tile);
+  place_tile(call, tile);
   pack_query(call, tile);
   clear(tile.inner, tile.lanes(), call.Dv);
   if (call.Lk > kSpan) clear(tile.outer, tile.lanes(), call.Dv);

@@ -1,8 +1,10 @@
-"""The compiled library: loading it, and what torch must know about its operator.
+"""The compiled library: loading it, and what torch must know about its operators.
 
-`attention_forward` (csrc/bindings.cpp holds the schema) takes one validated call as plain tensors
-and numbers, and returns `(out, lse)`; lse is an empty tensor when it was not asked for. Its
-results have no gradient here.
+`attention_forward` (csrc/bindings.cpp holds the schemas) takes one validated call as plain tensors
+and numbers, and returns `(out, lse, stats)`; lse and stats are empty tensors when they were not
+asked for. `attention_backward` takes the same and what flows back, and returns the gradients whose
+bits are set in `needs`, empty tensors for the others. Their results have no gradient here:
+_autograd.py ties them together.
 
 When the library is absent or does not load, importing manyheads still works: `LIBRARY_ERROR` says
 why, and the native backend declines every call for that reason.
@@ -97,15 +99,62 @@ def _fake_forward(
     distance_offset: int,
     dense_bias: Tensor | None,
     need_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sizes and strides of the results, as make_out and make_lse of csrc/bindings.cpp choose."""
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes and strides of the results, as csrc/bindings.cpp chooses them."""
     batch, heads, rows, _ = query.shape
-    value_dim = value.shape[3]
-    if query.stride(1) < query.stride(2):  # heads lie inside rows: so they do in the output
-        out = query.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
-    else:
-        out = query.new_empty(batch, heads, rows, value_dim)
-    return out, query.new_empty((batch, heads, rows) if need_lse else (0,))
+    lse = _new_floats(query, (batch, heads, rows) if need_lse else (0,))
+    stats = _new_floats(query, (2, batch, heads, rows) if need_stats else (0,))
+    return _new_heads(query, value.shape[3], query.dtype), lse, stats
+
+
+def _new_floats(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _new_heads(like: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, H, L, width] in the layout of another such tensor: make_heads of csrc/bindings.cpp."""
+    batch, heads, rows, _ = like.shape
+    if like.stride(1) < like.stride(2):  # heads lie inside rows
+        return like.new_empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)
+    return like.new_empty(batch, heads, rows, width, dtype=dtype)
+
+
+#: Where the tensors that may want a gradient stand among the forward's arguments; the i-th result
+#: of the backward, and bit i of its `needs`, are of the i-th of them.
+DIFFERENTIABLE = (0, 1, 2, 5, 11, 12, 14)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *inputs, needs = arguments
+    gradients = []
+    for i, place in enumerate(DIFFERENTIABLE):
+        tensor = inputs[place]
+        if not needs >> i & 1:
+            gradients.append(_new_floats(out, (0,)))
+        elif place < 3:
+            gradients.append(_new_heads(tensor, tensor.shape[3]))
+        else:
+            gradients.append(_new_floats(tensor, tensor.shape))
+    return tuple(gradients)
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """One element after another: most of these gradients are sums over the batch."""
+    operator = torch.ops.manyheads.attention_backward.default
+    pairs = list(zip(args, in_dims, strict=True))
+    each = [
+        operator(*(arg.select(dim, n) if isinstance(dim, int) else arg for arg, dim in pairs))
+        for n in range(info.batch_size)
+    ]
+    gradients = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    return gradients, (0,) * len(gradients)
 
 
 # The positions of these arguments in the schema, for the vmap rule.
@@ -123,19 +172,16 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any,
     ]
     mapped = [isinstance(dim, int) for dim in in_dims]
     operator = torch.ops.manyheads.attention_forward.default
-    need_lse = args[-1]
-    lse_dim = 0 if need_lse else None
+    need_lse, need_stats = args[-2:]
+    out_dims = (0, 0 if need_lse else None, 0 if need_stats else None)
     if any(mapped[i] for i in _PER_HEAD):
         pairs = list(zip(moved, mapped, strict=True))
-        outs, lses = zip(
-            *(
-                operator(*(arg[n] if is_mapped else arg for arg, is_mapped in pairs))
-                for n in range(count)
-            ),
-            strict=True,
-        )
-        lse = torch.stack(lses) if need_lse else lses[0]
-        return (torch.stack(outs), lse), (0, lse_dim)
+        each = [
+            operator(*(arg[n] if is_mapped else arg for arg, is_mapped in pairs))
+            for n in range(count)
+        ]
+        results = zip(*each, out_dims, strict=True)
+        return tuple(r[0] if r[-1] is None else torch.stack(r[:-1]) for r in results), out_dims
 
     batch = moved[0].shape[1] if mapped[0] else moved[0].shape[0]
     for i in _PER_BATCH:
@@ -148,11 +194,13 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any,
     if rows is not None:
         rows = rows.movedim(0, 1) if mapped[_BAND_ROWS] else rows[:, None]
         moved[_BAND_ROWS] = rows.expand(-1, count, batch).reshape(-1, count * batch)
-    out, lse = operator(*moved)
+    out, lse, stats = operator(*moved)
     out = out.unflatten(0, (count, batch))
     if need_lse:
         lse = lse.unflatten(0, (count, batch))
-    return (out, lse), (0, lse_dim)
+    if need_stats:
+        stats = stats.unflatten(1, (count, batch)).movedim(1, 0)
+    return (out, lse, stats), out_dims
 
 
 def _forward_flops(
@@ -163,11 +211,30 @@ def _forward_flops(
     return 2 * batch * heads * q_len * key[2] * (head_dim + value[3])
 
 
+def _backward_flops(
+    grad_out: Any,
+    grad_lse: Any,
+    out: Any,
+    stats: Any,
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Five products where the forward has two: scores again, dP, dV, dK, dQ."""
+    batch, heads, q_len, head_dim = query
+    return 2 * batch * heads * q_len * key[2] * (3 * head_dim + 2 * value[3])
+
+
 def _register() -> None:
-    name = "manyheads::attention_forward"
-    torch.library.register_fake(name, _fake_forward)
-    torch.library.register_vmap(name, _vmap_forward)
+    forward, backward = "manyheads::attention_forward", "manyheads::attention_backward"
+    torch.library.register_fake(forward, _fake_forward)
+    torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_vmap(forward, _vmap_forward)
+    torch.library.register_vmap(backward, _vmap_backward)
     register_flop_formula(torch.ops.manyheads.attention_forward)(_forward_flops)
+    register_flop_formula(torch.ops.manyheads.attention_backward)(_backward_flops)
 
 
 #: Why there is no native library in this process, or None if there is.

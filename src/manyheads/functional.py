@@ -1,6 +1,6 @@
 """`attention()`: arguments are checked, mask and bias become plans, and a backend runs the call.
 
-Read on in spec.py (what a call is), dispatch.py (which backend runs it) and backends/reference.py
+Read on in spec.py (what a call is), dispatch.py (which backend runs it) and definition.py
 (what it means).
 """
 
@@ -125,7 +125,8 @@ def attention(
         BackendError: no backend, or not the one asked for, can run the call.
         StrictError: none can without memory that grows with Lq * Lk, and `strict` was given.
 
-    Second derivatives want backend="reference": PyTorch's fused kernels have only first ones.
+    Derivatives: "native" has first ones in O(n) memory; higher ones, and forward mode, go through
+    the definition, whose memory grows with Lq * Lk. "sdpa" has only first ones.
 
     >>> import torch, manyheads as mh
     >>> query = torch.randn(2, 8, 5, 16)                          # B=2, Hq=8, Lq=5, D=16
@@ -295,30 +296,20 @@ def _prepare(
     fields = (
         batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim, dtype, device.type, plan.kind,
         bias.kinds, softcap is not None, sinks is not None, dropout_p > 0.0, needs_grad, needs_lse,
-        causal, transformed, transformed and _only_mapped(call),
+        causal, transformed, transformed and _forward_mode(),
     )  # fmt: skip
     return call, fields, unbatched
 
 
-def _only_mapped(call: AttentionCall) -> bool:
-    """Whether vmap, at any depth, is the only transform, and no gradient is needed through it.
-
-    Inside vmap a tensor does not tell that it requires grad; the one that it stands for does.
-    """
-    functorch = torch._C._functorch
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    levels = functorch.get_interpreter_stack() or ()
-    if any(level.key() != functorch.TransformType.Vmap for level in levels):
-        return False
-    if not torch.is_grad_enabled():
+def _forward_mode() -> bool:
+    """Whether torch.func.jvp, at any depth, or a dual_level is around."""
+    if torch.autograd.forward_ad._current_level >= 0:
         return True
-    for tensor in (call.query, call.key, call.value, call.sinks, *call.bias.tensors):
-        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = functorch.get_unwrapped(tensor)
-        if tensor is not None and tensor.requires_grad:
-            return False
-    return True
+    if torch.compiler.is_compiling():
+        return False  # the stack cannot be traced
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Jvp for level in levels)
 
 
 def _requires_grad(call: AttentionCall) -> bool:

@@ -219,7 +219,7 @@ class AttentionSpec:
     needs_lse: bool = False
     causal: bool = False  # the plan is exactly "key j <= query row r"
     transformed: bool = False  # inside a torch.func transform or forward-mode differentiation
-    only_mapped: bool = False  # transformed, but by vmap alone, and nobody wants a gradient
+    forward_mode: bool = False  # of these, forward-mode differentiation
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,21 @@
-"""Our own kernels: attention on the CPU, for AVX-512, AVX2 or plain C++.
+"""Our own kernels: attention and its gradients on the CPU, for AVX-512, AVX2, NEON or plain C++.
 
 float32, bfloat16 and float16; every product and sum is float32. K and V are taken with any strides,
 as long as each row is contiguous: float32 rows that follow each other are read in place, others are
-copied, and widened, a block at a time. Grouped heads share them, masked blocks are
-skipped, and memory beyond inputs and output is a few tiles per thread.
+copied, and widened, a block at a time. Grouped heads share them, masked blocks are skipped, and
+memory beyond inputs and outputs does not grow with Lq * Lk, in training neither.
+
+Second derivatives, which the kernels do not have, are those of definition.py (_autograd.py).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from manyheads import _ops
+from manyheads import _autograd, _ops
 from manyheads.spec import (
     AttentionCall,
     AttentionSpec,
@@ -45,16 +49,16 @@ def why_not(spec: AttentionSpec) -> list[str]:
     if spec.dtype not in _DTYPES:
         names = ", ".join(map(str, _DTYPES))
         reasons.append(f"dtype is {spec.dtype}, these kernels take {names}")
-    if spec.needs_grad:
-        reasons.append("a gradient is needed, these kernels have no backward yet")
     if spec.dropout:
         reasons.append("dropout is asked for, these kernels have none yet")
     if not 1 <= spec.head_dim <= _MAX_HEAD_DIM:
         reasons.append(f"head_dim is {spec.head_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
     if not 1 <= spec.value_dim <= _MAX_HEAD_DIM:
         reasons.append(f"value_dim is {spec.value_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
-    if spec.transformed and not spec.only_mapped:
-        reasons.append("inside a torch.func transform other than vmap, or vmap with a gradient")
+    if spec.forward_mode:
+        reasons.append("forward-mode differentiation, these kernels have only backward")
+    elif spec.transformed and torch.compiler.is_compiling():
+        reasons.append("torch.compile traces a torch.func transform")
     return reasons
 
 
@@ -87,10 +91,22 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     Returns out [B, Hq, Lq, Dv] in the query's dtype and memory layout, and lse float32
     [B, Hq, Lq] if the call needs it.
     """
+    arguments = _arguments(call)
+    if _autograd.wants_gradient(arguments):
+        out, lse = _autograd.attention(arguments, call.needs_lse)
+    else:
+        out, lse, _ = torch.ops.manyheads.attention_forward.default(
+            *arguments, call.needs_lse, False
+        )
+    return out, lse if call.needs_lse else None
+
+
+def _arguments(call: AttentionCall) -> tuple[Any, ...]:
+    """The operators' arguments that say what the call is; `_autograd.call_of` is the inverse."""
     plan, bias = call.plan, call.bias
     band, band_rows = _band(call)
     rows = call.positions.rows
-    out, lse = torch.ops.manyheads.attention_forward.default(
+    return (
         _contiguous_rows(call.query),
         _contiguous_rows(call.key),
         _contiguous_rows(call.value),
@@ -106,9 +122,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         None if bias.distance_values is None else _float(bias.distance_values),
         bias.distance_offset,
         None if bias.dense is None else _dense_bias(bias.dense),
-        call.needs_lse,
     )
-    return out, lse if call.needs_lse else None
 
 
 def _band(call: AttentionCall) -> tuple[list[int], Tensor | None]:
@@ -159,4 +173,6 @@ def _dense_bias(bias: Tensor) -> Tensor:
     bias = bias.to(torch.float32)
     if bias.shape[3] == 1 or bias.stride(3) == 1:
         return bias
-    return bias[..., :1] if bias.stride(3) == 0 else bias.contiguous()
+    # A view of one key would give all keys' gradients to that one.
+    by_row = bias.stride(3) == 0 and not bias.requires_grad
+    return bias[..., :1] if by_row else bias.contiguous()
