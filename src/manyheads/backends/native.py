@@ -2,7 +2,8 @@
 
 K and V are taken with any strides, as long as each row is contiguous: rows that follow each other
 are read in place, others are copied a block at a time. Grouped heads share them, masked blocks are
-skipped, and memory beyond inputs and outputs does not grow with Lq * Lk, in training neither.
+skipped, dropout is drawn again in the backward pass, and memory beyond inputs and outputs does not
+grow with Lq * Lk, in training neither.
 
 Second derivatives, which the kernels do not have, are those of definition.py (_autograd.py).
 """
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads import _autograd, _ops
+from manyheads import _autograd, _ops, dropout
 from manyheads.spec import (
     AttentionCall,
     AttentionSpec,
@@ -44,8 +45,6 @@ def why_not(spec: AttentionSpec) -> list[str]:
         reasons.append(f"tensors are on {spec.device}, these kernels run on the cpu")
     if spec.dtype is not torch.float32:
         reasons.append(f"dtype is {spec.dtype}, these kernels take torch.float32")
-    if spec.dropout:
-        reasons.append("dropout is asked for, these kernels have none yet")
     if not 1 <= spec.head_dim <= _MAX_HEAD_DIM:
         reasons.append(f"head_dim is {spec.head_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
     if not 1 <= spec.value_dim <= _MAX_HEAD_DIM:
@@ -104,6 +103,8 @@ def _arguments(call: AttentionCall) -> tuple[Any, ...]:
         None if bias.distance_values is None else _float(bias.distance_values),
         bias.distance_offset,
         None if bias.dense is None else _dense_bias(bias.dense),
+        dropout.draw_seed() if call.dropout_p else None,
+        call.dropout_p,
     )
 
 
