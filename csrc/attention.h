@@ -69,6 +69,9 @@ struct Forward {
   int64_t positions_stride;  // over b
   Mask mask;
   Bias bias;
+  int32_t dropout_threshold;  // of 65,536 weights so many are dropped; 0: no dropout
+  float keep_scale = 1;       // and the others multiplied by this
+  uint64_t dropout_seed;
 };
 
 constexpr int kMaxHeadDim = 256;

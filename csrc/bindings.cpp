@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -295,12 +296,26 @@ void run_items(const Kernels& kernels, const Forward& f) {
             torch::stable::get_num_threads(), prepare, begin, work, parallel_for);
 }
 
+// The share dropped is rounded to a multiple of 1 / 65,536; dropout.py does the same.
+void read_dropout(Forward& f, const OptionalTensor& seed, double p) {
+  constexpr double kSteps = 65536;
+  f.keep_scale = 1;
+  if (!seed) return;
+  const View s(*seed);
+  check(s.is(ScalarType::Long, 1) && s.sizes[0] == 1, "dropout_seed int64 [1]");
+  check(p >= 0 && p < 1, "dropout_p in [0, 1)");
+  f.dropout_threshold = int32_t(std::min(std::floor(p * kSteps + 0.5), kSteps - 1));
+  f.keep_scale = float(kSteps / (kSteps - f.dropout_threshold));
+  f.dropout_seed = uint64_t(*s.as<int64_t>());
+}
+
 Forward read_call(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
                   double softcap, const OptionalTensor& sinks, const std::vector<int64_t>& band,
                   const OptionalTensor& band_rows, const OptionalTensor& query_positions,
                   const OptionalTensor& intervals, const OptionalTensor& allowed,
                   const OptionalTensor& slopes, const OptionalTensor& distance_values,
-                  int64_t distance_offset, const OptionalTensor& dense_bias) {
+                  int64_t distance_offset, const OptionalTensor& dense_bias,
+                  const OptionalTensor& dropout_seed, double dropout_p) {
   Forward f{};
   read_inputs(f, query, key, value);
   read_band(f, band, band_rows);
@@ -311,6 +326,7 @@ Forward read_call(const Tensor& query, const Tensor& key, const Tensor& value, d
   f.sinks = read_per_head(f, sinks, "sinks float32 [Hq]");
   f.scale = float(scale);
   f.softcap = float(softcap);
+  read_dropout(f, dropout_seed, dropout_p);
   return f;
 }
 
@@ -320,11 +336,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const OptionalTensor& query_positions, const OptionalTensor& intervals,
     const OptionalTensor& allowed, const OptionalTensor& slopes,
     const OptionalTensor& distance_values, int64_t distance_offset,
-    const OptionalTensor& dense_bias, bool need_lse, bool need_stats) {
+    const OptionalTensor& dense_bias, const OptionalTensor& dropout_seed, double dropout_p,
+    bool need_lse, bool need_stats) {
   const Choice choice = choose_kernels();
   if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
   Forward f = read_call(query, key, value, scale, softcap, sinks, band, band_rows, query_positions,
-                        intervals, allowed, slopes, distance_values, distance_offset, dense_bias);
+                        intervals, allowed, slopes, distance_values, distance_offset, dense_bias,
+                        dropout_seed, dropout_p);
   Tensor out = make_out(f);
   Tensor lse = make_lse(f, need_lse);
   Tensor stats = make_stats(f, need_stats);
@@ -461,12 +479,13 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
                              const OptionalTensor& intervals, const OptionalTensor& allowed,
                              const OptionalTensor& slopes, const OptionalTensor& distance_values,
                              int64_t distance_offset, const OptionalTensor& dense_bias,
-                             int64_t needs) {
+                             const OptionalTensor& dropout_seed, double dropout_p, int64_t needs) {
   const Choice choice = choose_kernels();
   if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
   Backward b{};
   b.forward = read_call(query, key, value, scale, softcap, sinks, band, band_rows, query_positions,
-                        intervals, allowed, slopes, distance_values, distance_offset, dense_bias);
+                        intervals, allowed, slopes, distance_values, distance_offset, dense_bias,
+                        dropout_seed, dropout_p);
   read_gradients(b, grad_out, grad_lse, out, stats);
   Gradients gradients = make_gradients(b, needs, sinks, slopes, distance_values, dense_bias);
   const Forward& f = b.forward;
@@ -533,14 +552,16 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "attention_forward(Tensor query, Tensor key, Tensor value, float scale, float softcap, "
       "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
       "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
-      "SymInt distance_offset, Tensor? dense_bias, bool need_lse, bool need_stats) -> "
+      "SymInt distance_offset, Tensor? dense_bias, Tensor? dropout_seed, float dropout_p, bool "
+      "need_lse, bool need_stats) -> "
       "(Tensor out, Tensor lse, Tensor stats)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor stats, "
       "Tensor query, Tensor key, Tensor value, float scale, float softcap, "
       "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
       "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
-      "SymInt distance_offset, Tensor? dense_bias, int needs) -> "
+      "SymInt distance_offset, Tensor? dense_bias, Tensor? dropout_seed, float dropout_p, int "
+      "needs) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks, "
       "Tensor grad_slopes, Tensor grad_distance_values, Tensor grad_dense_bias)");
   m.def("fma_peak(float seconds) -> float");

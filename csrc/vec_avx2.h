@@ -91,6 +91,16 @@ inline VecI operator+(VecI a, VecI b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline VecI operator-(VecI a, VecI b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline VecI min(VecI a, VecI b) { return {_mm256_min_epi32(a.v, b.v)}; }
 inline VecI max(VecI a, VecI b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline VecI operator^(VecI a, VecI b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline VecI low_half(VecI a) { return {_mm256_and_si256(a.v, _mm256_set1_epi32(0xffff))}; }
+inline VecI high_half(VecI a) { return {_mm256_srli_epi32(a.v, 16)}; }
+inline void multiply_wide(VecI a, uint32_t b, VecI& high, VecI& low) {  // unsigned, 64 bits
+  const __m256i factor = _mm256_set1_epi32(int(b));
+  const __m256i even = _mm256_mul_epu32(a.v, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), factor);
+  high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
 inline Vec to_float(VecI a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
   return {_mm256_castsi256_ps(

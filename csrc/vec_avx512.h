@@ -84,6 +84,16 @@ inline VecI operator+(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline VecI operator-(VecI a, VecI b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline VecI min(VecI a, VecI b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline VecI max(VecI a, VecI b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline VecI operator^(VecI a, VecI b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline VecI low_half(VecI a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
+inline VecI high_half(VecI a) { return {_mm512_srli_epi32(a.v, 16)}; }
+inline void multiply_wide(VecI a, uint32_t b, VecI& high, VecI& low) {  // unsigned, 64 bits
+  const __m512i factor = _mm512_set1_epi32(int(b));
+  const __m512i even = _mm512_mul_epu32(a.v, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  high.v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  low.v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
 inline Vec to_float(VecI a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
   return _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask(low.v, x.v), x.v, high.v);

@@ -87,6 +87,19 @@ inline VecI operator+(VecI a, VecI b) { return {vaddq_s32(a.v, b.v)}; }
 inline VecI operator-(VecI a, VecI b) { return {vsubq_s32(a.v, b.v)}; }
 inline VecI min(VecI a, VecI b) { return {vminq_s32(a.v, b.v)}; }
 inline VecI max(VecI a, VecI b) { return {vmaxq_s32(a.v, b.v)}; }
+inline VecI operator^(VecI a, VecI b) { return {veorq_s32(a.v, b.v)}; }
+inline VecI low_half(VecI a) { return {vandq_s32(a.v, vdupq_n_s32(0xffff))}; }
+inline VecI high_half(VecI a) {
+  return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.v), 16))};
+}
+inline void multiply_wide(VecI a, uint32_t b, VecI& high, VecI& low) {  // unsigned, 64 bits
+  const uint32x4_t x = vreinterpretq_u32_s32(a.v);
+  const uint32x2_t factor = vdup_n_u32(b);
+  const uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), factor));
+  const uint32x4_t last = vreinterpretq_u32_u64(vmull_u32(vget_high_u32(x), factor));
+  low.v = vreinterpretq_s32_u32(vuzp1q_u32(first, last));
+  high.v = vreinterpretq_s32_u32(vuzp2q_u32(first, last));
+}
 inline Vec to_float(VecI a) { return {vcvtq_f32_s32(a.v)}; }
 inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
   return {vandq_u32(vcleq_s32(low.v, x.v), vcltq_s32(x.v, high.v))};

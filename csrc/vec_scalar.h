@@ -135,6 +135,16 @@ inline VecI operator+(VecI a, VecI b) { return {a.v + b.v}; }
 inline VecI operator-(VecI a, VecI b) { return {a.v - b.v}; }
 inline VecI min(VecI a, VecI b) { return {a.v < b.v ? a.v : b.v}; }
 inline VecI max(VecI a, VecI b) { return {a.v > b.v ? a.v : b.v}; }
+inline VecI operator^(VecI a, VecI b) { return {a.v ^ b.v}; }
+inline VecI low_half(VecI a) { return {a.v & 0xffff}; }
+inline VecI high_half(VecI a) { return {(a.v >> 16) & 0xffff}; }
+inline void multiply_wide(VecI a, uint32_t b, VecI& high, VecI& low) {  // unsigned, 64 bits
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t product = uint64_t(uint32_t(a.v[i])) * b;
+    high.v[i] = int32_t(uint32_t(product >> 32));
+    low.v[i] = int32_t(uint32_t(product));
+  }
+}
 inline Vec to_float(VecI a) { return {__builtin_convertvector(a.v, Vec::Type)}; }
 inline Lanes within(VecI low, VecI x, VecI high) {  // low <= x < high
   return {(low.v <= x.v) & (x.v < high.v)};

@@ -352,7 +352,6 @@ def test_two_masks_are_refused() -> None:
     [
         ({"device": "cuda"}, "cuda"),
         ({"dtype": torch.float64}, "float64"),
-        ({"dropout": True}, "dropout"),
         ({"head_dim": 257}, "head_dim is 257"),
         ({"head_dim": 0}, "head_dim is 0"),
         ({"value_dim": 257}, "value_dim is 257"),

@@ -14,7 +14,7 @@
 //     or the other queries of a tile.
 #pragma once
 
-#include "scores.h"
+#include "dropout.h"
 
 namespace {
 
@@ -210,6 +210,7 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
     store(tile.inner.max + n * W, new_max[n]);
     store(tile.inner.sum + n * W, fma(load(tile.inner.sum + n * W), f, sum[n]));
   }
+  if (call.dropout_threshold) drop_weights<N>(call, tile, block, work);
   const AddToOut<N> add{tile.inner.out, factor};
   const float* rows = kv.value + block.begin * kv.value_stride;
   const float* weights = work.scores + block.begin * L;

@@ -111,6 +111,7 @@ inline BackwardScratch lay_out(const Backward& back, void* start) {
   work.forward.allowed = call.mask.kind == PlanKind::dense ? arena.take<float>(block) : nullptr;
   work.forward.softcap_slopes = call.softcap != 0 ? arena.take<float>(block) : nullptr;
   work.grad = arena.take<float>(block);
+  work.kept = call.dropout_threshold ? arena.take<float>(block) : nullptr;
   work.by_query = wants_by_query(back) ? arena.take<float>(kMaxLanes * kQueryRow) : nullptr;
   work.zeros = arena.take<float>(maximum(call.D, call.Dv));
   scratch.key = packs_key(call) ? arena.take<float>(keys * call.D) : nullptr;
@@ -274,10 +275,15 @@ void backward_block(const Backward& back, BackwardTile& t, const BackwardWork& w
   mask_scores<N>(t.tile, block, work.forward, block.core_end, block.end, unused);
   multiply_columns<N>(call, kv.value, kv.value_stride, t.grad_out, call.Dv, block, soon, work.grad,
                       nullptr);
+  if (work.kept) {
+    find_kept<N>(call, t.tile, block, work.kept);
+    multiply_block<N>(block, work.kept, work.grad);
+  }
   const Vec unit = set(score_unit(call));
   differentiate<N, true>(t, work, unit, block.begin, block.core_begin);
   differentiate<N, false>(t, work, unit, block.core_begin, block.core_end);
   differentiate<N, true>(t, work, unit, block.core_end, block.end);
+  if (work.kept) multiply_block<N>(block, work.kept, work.forward.scores);
   add_bias_gradients<N>(back, work, block, sums, superblock_keys(call), t);
   if (call.softcap != 0) through_softcap<N>(work, block);
   if (back.grad_value)

@@ -36,6 +36,7 @@ struct KeySums {
 struct BackwardWork {
   Workspace forward;  // its scores become weights
   float* grad;        // [kBlock][lanes]: dP, then dS
+  float* kept;        // [kBlock][lanes] under dropout: what weights are multiplied by
   float* by_query;    // [lanes][kQueryRow]: dS transposed, where a bias wants it
   const float* zeros;
 };

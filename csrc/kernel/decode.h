@@ -15,9 +15,10 @@ constexpr int64_t kChunk = 512;
 // Keys whose scores are computed before their values are read.
 constexpr int64_t kStep = 64;
 
-// Not where a backward pass is to follow: it recomputes the scores in the tiles' order.
+// Not where a backward pass is to follow: it recomputes the scores in the tiles' order. Nor with
+// dropout, which is training too.
 inline bool decodes(const Forward& call) {
-  return flat_queries(call) <= kFewQueries && !call.row_max;
+  return flat_queries(call) <= kFewQueries && !call.row_max && !call.dropout_threshold;
 }
 inline int64_t num_chunks(const Forward& call) { return (call.Lk + kChunk - 1) / kChunk; }
 

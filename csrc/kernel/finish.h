@@ -67,6 +67,7 @@ inline void finish_tile(const Forward& call, Tile& tile) {
   for (int64_t v = 0; v < lanes; v += W) {
     const Vec sum = load(total.sum + v);
     const Vec inverse = select(equal(sum, zero()), zero(), set(1.0f) / sum);
+    const Vec scale = set(call.keep_scale);
     void* rows_out[W];
     const int64_t real = minimum(W, tile.count - v);
     for (int64_t i = 0; i < real; ++i)
@@ -76,8 +77,8 @@ inline void finish_tile(const Forward& call, Tile& tile) {
       const int64_t columns = minimum(W, call.Dv - d);
       Vec rows[W];
       for (int64_t i = 0; i < W; ++i)
-        rows[i] =
-            i < columns ? divide(load(total.out + (d + i) * lanes + v), sum, inverse) : zero();
+        rows[i] = i < columns ? divide(load(total.out + (d + i) * lanes + v), sum, inverse) * scale
+                              : zero();
       transpose(rows);
       for (int64_t i = 0; i < real; ++i) store_row(call.type, rows_out[i], d, columns, rows[i]);
     }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads import _ops, definition
+from manyheads import _ops, definition, dropout
 from manyheads.spec import (
     AttentionCall,
     BandPlan,
@@ -33,8 +33,8 @@ from manyheads.spec import (
 
 # Where the tensors, and the numbers, stand among the operators' arguments; the band is a list of
 # numbers. "Flat" below means: these tensors, these numbers, the band's numbers.
-_TENSORS = (0, 1, 2, 5, 7, 8, 9, 10, 11, 12, 14)
-_NUMBERS = (3, 4, 13)
+_TENSORS = (0, 1, 2, 5, 7, 8, 9, 10, 11, 12, 14, 15)
+_NUMBERS = (3, 4, 13, 16)
 _BAND, _BAND_LENGTH = 6, 8
 _FLAT_LENGTH = len(_TENSORS) + len(_NUMBERS) + _BAND_LENGTH
 # Where the tensors that may want a gradient stand in the flat order.
@@ -57,8 +57,16 @@ def wants_gradient(arguments: _Arguments) -> bool:
 
 def attention(arguments: _Arguments, need_lse: bool) -> tuple[Tensor, Tensor]:
     """(out, lse) of the forward operator's arguments; lse is empty if it is not needed."""
-    function = _OnceDifferentiable if torch.compiler.is_compiling() else _Attention
-    out, lse, _ = function.apply(need_lse, *_flatten(arguments))  # type: ignore[no-untyped-call]
+    flat = _flatten(arguments)
+    function: type[_OnceDifferentiable] = _Attention
+    if torch.compiler.is_compiling():
+        function = _OnceDifferentiable
+        # The same tensor twice, as in attention(x, x, x), it cannot trace.
+        views = tuple(
+            flat[p] if flat[p] is None else flat[p].view_as(flat[p]) for p in _DIFFERENTIABLE
+        )
+        flat = _replace(flat, list(_DIFFERENTIABLE), views)
+    out, lse, _ = function.apply(need_lse, *flat)  # type: ignore[no-untyped-call]
     return out, lse
 
 
@@ -225,9 +233,13 @@ def _replace(flat: _Arguments, places: list[int], values: tuple[Any, ...]) -> _A
 def call_of(arguments: _Arguments, needs_lse: bool) -> AttentionCall:
     """The call that the operators' arguments stand for; the inverse of native.py's `_arguments`."""
     query, key, value, scale, softcap, sinks, band, band_rows = arguments[:8]
-    rows, intervals, allowed, slopes, distance_values, distance_offset, dense = arguments[8:]
+    rows, intervals, allowed, slopes, distance_values, distance_offset, dense = arguments[8:15]
+    dropout_seed, dropout_p = arguments[15:]
     batch, q_heads, q_len, _ = query.shape
     start, band_plan = _band_of(band, band_rows)
+    factors = None
+    if dropout_seed is not None:
+        factors = dropout.factors(dropout_seed, dropout_p, (batch, q_heads, q_len, key.shape[2]))
     plan: MaskPlan = band_plan
     if intervals is not None:
         plan = IntervalsPlan(intervals)
@@ -244,7 +256,9 @@ def call_of(arguments: _Arguments, needs_lse: bool) -> AttentionCall:
         scale=scale,
         softcap=softcap or None,
         sinks=sinks,
+        dropout_p=dropout_p,
         needs_lse=needs_lse,
+        dropout_factors=factors,
     )
 
 

@@ -98,6 +98,8 @@ def _fake_forward(
     distance_values: Tensor | None,
     distance_offset: int,
     dense_bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
     need_lse: bool,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,11 +162,16 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
 # The positions of these arguments in the schema, for the vmap rule.
 _BAND_ROWS = 7
 _PER_HEAD = (5, 11, 12)  # sinks, slopes, distance_values
+_DROPOUT_SEED = 15
 _PER_BATCH = (0, 1, 2, 8, 9, 10, 14)  # query, key, value, positions, intervals, allowed, bias
 
 
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """Fold the mapped axis into the batch; per-head values have none, so those are looped over."""
+    """Fold the mapped axis into the batch.
+
+    Per-head values have none, and dropout depends on a sequence's place in it: these are looped
+    over.
+    """
     count = info.batch_size
     moved = [
         arg.movedim(dim, 0) if isinstance(dim, int) else arg
@@ -174,7 +181,7 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any,
     operator = torch.ops.manyheads.attention_forward.default
     need_lse, need_stats = args[-2:]
     out_dims = (0, 0 if need_lse else None, 0 if need_stats else None)
-    if any(mapped[i] for i in _PER_HEAD):
+    if any(mapped[i] for i in _PER_HEAD) or args[_DROPOUT_SEED] is not None:
         pairs = list(zip(moved, mapped, strict=True))
         each = [
             operator(*(arg[n] if is_mapped else arg for arg, is_mapped in pairs))

@@ -51,7 +51,9 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         total = total + torch.exp(sinks - top)
     total = total.masked_fill(nothing, 1.0)
     weights = weights / total
-    if call.dropout_p > 0.0:
+    if call.dropout_factors is not None:
+        weights = weights * call.dropout_factors
+    elif call.dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, call.dropout_p)
     out = _weighted_values(weights, value, allowed).to(dtype)
     if not call.needs_lse:

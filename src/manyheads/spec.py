@@ -228,6 +228,7 @@ class AttentionCall:
 
     query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv], one dtype, any strides.
     sinks: [Hq] or None. softcap: None, or the positive c of c * tanh(s / c).
+    dropout_factors: what weights are multiplied by, [B, Hq, Lq, Lk], if that is drawn already.
     A backend returns (out [B, Hq, Lq, Dv], lse float32 [B, Hq, Lq] or None).
     """
 
@@ -243,6 +244,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     dropout_p: float = 0.0
     needs_lse: bool = False
+    dropout_factors: Tensor | None = None
 
 
 def _column(value: PerBatch, geometry: Geometry, dims: int = 4) -> Tensor | int:

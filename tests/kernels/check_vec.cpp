@@ -156,6 +156,26 @@ void check_integers(Expect expect) {
          "within");
   expect(all_lanes(within(set_int(-(1 << 29)), count, set_int(1 << 29)), [](int) { return true; }),
          "within far bounds");
+  const auto halves = [](int i) { return int32_t(0x80000000u + 0x01010003u * unsigned(i)); };
+  const VecI h = made_int(halves);
+  expect(
+      all_lanes(to_float(low_half(h)), [&](int i) { return float(uint32_t(halves(i)) & 0xffff); }),
+      "low_half");
+  expect(all_lanes(to_float(high_half(h)), [&](int i) { return float(uint32_t(halves(i)) >> 16); }),
+         "high_half");
+  expect(all_lanes(to_float(h ^ made_int([&](int i) { return halves(i) ^ i; })),
+                   [](int i) { return float(i); }),
+         "^");
+  const uint32_t factor = 0xd2511f53u;
+  VecI high, low;
+  multiply_wide(h, factor, high, low);
+  const auto product = [&](int i) { return uint64_t(uint32_t(halves(i))) * factor; };
+  expect(all_lanes(to_float(high ^ made_int([&](int i) { return int32_t(product(i) >> 32); })),
+                   [](int) { return 0.0f; }),
+         "multiply_wide's high half");
+  expect(all_lanes(to_float(low ^ made_int([&](int i) { return int32_t(uint32_t(product(i))); })),
+                   [](int) { return 0.0f; }),
+         "multiply_wide's low half");
   float table[3 * W];
   for (int i = 0; i < 3 * W; ++i) table[i] = counted(i);
   const auto index = [](int i) { return (i * 7 + 3) % (2 * W) - W; };

@@ -2,8 +2,9 @@
 
 float32, bfloat16 and float16; every product and sum is float32. K and V are taken with any strides,
 as long as each row is contiguous: float32 rows that follow each other are read in place, others are
-copied, and widened, a block at a time. Grouped heads share them, masked blocks are skipped, and
-memory beyond inputs and outputs does not grow with Lq * Lk, in training neither.
+copied, and widened, a block at a time. Grouped heads share them, masked blocks are skipped, dropout
+is drawn again in the backward pass, and memory beyond inputs and outputs does not grow with
+Lq * Lk, in training neither.
 
 Second derivatives, which the kernels do not have, are those of definition.py (_autograd.py).
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads import _autograd, _ops
+from manyheads import _autograd, _ops, dropout
 from manyheads.spec import (
     AttentionCall,
     AttentionSpec,
@@ -49,8 +50,6 @@ def why_not(spec: AttentionSpec) -> list[str]:
     if spec.dtype not in _DTYPES:
         names = ", ".join(map(str, _DTYPES))
         reasons.append(f"dtype is {spec.dtype}, these kernels take {names}")
-    if spec.dropout:
-        reasons.append("dropout is asked for, these kernels have none yet")
     if not 1 <= spec.head_dim <= _MAX_HEAD_DIM:
         reasons.append(f"head_dim is {spec.head_dim}, these kernels take 1 to {_MAX_HEAD_DIM}")
     if not 1 <= spec.value_dim <= _MAX_HEAD_DIM:
@@ -122,6 +121,8 @@ def _arguments(call: AttentionCall) -> tuple[Any, ...]:
         None if bias.distance_values is None else _float(bias.distance_values),
         bias.distance_offset,
         None if bias.dense is None else _dense_bias(bias.dense),
+        dropout.draw_seed() if call.dropout_p else None,
+        call.dropout_p,
     )
 
 
