@@ -120,6 +120,15 @@ ROWS = [
     Row("bf16 16 documents of 256, 16x64", (16, 16), 4096, 64, 28.0,
         mask=mh.Documents([256] * 16), dtype=BF16),
     Row("fp16 16x4096x64 causal", (16, 16), 4096, 64, 3.0, mask=mh.Causal(), dtype=FP16),
+    Row("train 16x2048x64 causal", (16, 16), 2048, 64, 0.78, mask=mh.Causal(), gradients=True),
+    Row("train bf16 16x2048x64 causal", (16, 16), 2048, 64, 2.2, mask=mh.Causal(), dtype=BF16,
+        gradients=True),
+    Row("train dropout 16x2048x64 causal", (16, 16), 2048, 64, 5.0, mask=mh.Causal(),
+        gradients=True, dropout=0.1),
+    Row("train 1x8192x64 causal", (1, 1), 8192, 64, 2.5, mask=mh.Causal(), gradients=True),
+    Row("train window 256 16x4096x64", (16, 16), 4096, 64, 15.0, mask=window(256), gradients=True),
+    Row("train 16 documents of 256, 16x64", (16, 16), 4096, 64, 12.0,
+        mask=mh.Documents([256] * 16), gradients=True),
     *(
         Row(f"decode {word} {name}", heads, length, size, 0.75, batch, queries=1, dtype=dtype)
         for name, heads, length, size, batch in (

@@ -24,6 +24,20 @@ _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 FARTHEST = 1 << 29
 
 
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """As PyTorch's attention under torch.autocast: floating tensors, but for float64, are cast."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+
+    def eligible(tensor: Any) -> bool:
+        floating = isinstance(tensor, Tensor) and tensor.dtype.is_floating_point
+        return floating and tensor.dtype is not torch.float64
+
+    return tuple(tensor.to(dtype) if eligible(tensor) else tensor for tensor in tensors)
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless the three are floating tensors of one dtype and device whose sizes fit."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -135,7 +149,9 @@ def check_sinks(sinks: Any, q_heads: int, device: torch.device) -> None:
 
 def number(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
     """`value` as a float, if it is a real number for which `holds` is true."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+    # Asked in this order, since torch.compile cannot look for attributes on its own numbers.
+    real = isinstance(value, (int, float, torch.SymFloat)) or hasattr(value, "__float__")
+    if isinstance(value, (bool, Tensor)) or not real:
         raise ArgumentTypeError(
             f"{name} is of the wrong type: got {type(value).__name__}; expected {expected}; "
             "convert it with float(...)"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manyheads import dispatch, jagged, masks, positions
 from manyheads.arguments import (
+    autocast,
     check_query_start,
     check_sinks,
     check_tensors,
@@ -93,7 +94,8 @@ def attention(
     "Attention Is All You Need" (Vaswani et al., 2017), eq. 1: Q, K, V are query, key, value, and
     d_k is D. Hq is a multiple of Hkv: query head h reads key/value head h // (Hq / Hkv), so
     grouped-query and multi-query attention need no repeating. All tensors share one floating dtype
-    and one device; any strides will do. Half types accumulate in float32. The batch axis may be
+    and one device; any strides will do. Half types accumulate in float32. Under torch.autocast they
+    become its dtype, as with PyTorch's own attention. The batch axis may be
     left out of all three. Jagged nested tensors [B, H, L*, D] (torch.jagged, ragged in the length)
     are sequences of their own: nothing is padded, and the result is jagged as the query is.
 
@@ -259,6 +261,7 @@ def _prepare(
     This runs before every call, a few microseconds of decoding each: conditions are cheap, and what
     exactly is wrong is only found out by the functions that raise.
     """
+    query, key, value = autocast(query, key, value)
     check_tensors(query, key, value)
     unbatched = query.dim() == 3
     if unbatched:

@@ -1,0 +1,73 @@
+"""What training code does around attention: autocast, checkpoints, compiled steps."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+import manyheads as mh
+
+B, L, E = 2, 37, 48
+
+
+def make_module(dropout: float = 0.0) -> mh.MultiHeadAttention:
+    torch.manual_seed(1)
+    return mh.MultiHeadAttention(
+        E, 6, num_kv_heads=2, mask=mh.Causal(), positions=mh.Rotary(8), dropout=dropout
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_what_pytorch_casts(dtype: torch.dtype) -> None:
+    wide = [torch.randn(1, 3, 11, 8) for _ in range(3)]
+    double = [x.double() for x in wide]
+    mixed = [wide[0], wide[1].to(dtype), wide[2]]
+    with torch.autocast("cpu", dtype):
+        for inputs in (wide, double, mixed):
+            ours = mh.attention(*inputs, query_start=0, mask=mh.Causal())
+            assert ours.dtype == scaled_dot_product_attention(*inputs, is_causal=True).dtype
+        assert mh.explain(*wide).spec.dtype == dtype
+        assert mh.attention(*wide, return_lse=True)[1].dtype == torch.float32
+    with torch.autocast("cpu", dtype, enabled=False):
+        assert mh.attention(*wide).dtype == torch.float32
+
+
+def test_a_training_step_under_autocast() -> None:
+    module, x = make_module(), torch.randn(B, L, E)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x).float().square().sum().backward()
+    half = {name: p.grad.clone() for name, p in module.named_parameters()}
+    module.zero_grad()
+    module(x).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert half[name].dtype == torch.float32
+        error = (half[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 0.02 or parameter.grad.norm() < 1e-4, name  # keys' bias: zero by shifting
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_draws_the_same_dropout_again(reentrant: bool) -> None:
+    module, x = make_module(dropout=0.3), torch.randn(B, L, E, requires_grad=True)
+
+    def checkpointed(y: torch.Tensor) -> torch.Tensor:
+        return checkpoint(module, y, use_reentrant=reentrant)
+
+    def backward(run) -> list[torch.Tensor]:
+        torch.manual_seed(2)
+        module.zero_grad()
+        x.grad = None
+        run(x).square().sum().backward()
+        return [x.grad.clone(), *(p.grad.clone() for p in module.parameters())]
+
+    assert all(map(torch.equal, backward(module), backward(checkpointed)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_training_step_of_any_length() -> None:
+    module = make_module()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 12, 33):
+        x = torch.randn(B, length, E, requires_grad=True)
+        expected = torch.autograd.grad(module(x).square().sum(), [x, module.k_proj.weight])
+        found = torch.autograd.grad(compiled(x).square().sum(), [x, module.k_proj.weight])
+        torch.testing.assert_close(found, expected)
