@@ -162,31 +162,36 @@ def time_row(row: Row, pairs: int) -> Comparison:
     grouped = row.heads[0] != row.heads[1]
     tolerance = 1e-4 if row.dtype is torch.float32 else 0.05
 
-    def both(attend: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    gradient = torch.randn_like(query)
+    if row.gradients:
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+
+    def whole(attend: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         """The call itself, or with the gradients of all three inputs."""
         if not row.gradients:
-            return attend
-        gradient = torch.randn_like(query)
-        leaves = [x.requires_grad_() for x in (query, key, value)]
-        return lambda: torch.cat(
-            [g.flatten() for g in torch.autograd.grad(attend(), leaves, gradient)]
-        )
+            return lambda: (attend(),)
+        return lambda: torch.autograd.grad(attend(), leaves, gradient)
+
+    def check(ours: tuple[Tensor, ...], peer: tuple[Tensor, ...]) -> None:
+        if not row.dropout:  # each drops other weights
+            for one, other in zip(ours, peer, strict=True):
+                check_close(one, other, tolerance)
 
     return compare(
-        both(
+        whole(
             lambda: mh.attention(
                 query, key, value, mask=row.mask, attn_bias=row.bias, backend="native",
                 dropout_p=row.dropout,
             )
         ),
-        both(
+        whole(
             lambda: sdpa(
                 query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped,
                 dropout_p=row.dropout,
             )
         ),
         pairs=pairs,
-        check=None if row.dropout else lambda ours, peer: check_close(ours, peer, tolerance),
+        check=check,
         limit=(lambda: read_rate(key, value)) if row.reads else peak_now,
         patience=PATIENCE,
     )  # fmt: skip
