@@ -143,9 +143,23 @@ inline void compute_scores(const Forward& call, const Tile& tile, const Workspac
                             StoreScores<N, true>{work.scores, max_after(d + piece)});
 }
 
+// out = out * factor + Vᵀ Pᵀ for the block's weights.
 template <int N>
-void attend_block(const Forward& call, Tile& tile, const Workspace& work, const KeyValue& kv,
-                  int64_t key_of_block) {
+inline void add_values(const Forward& call, const Workspace& work, const KeyValue& kv,
+                       const Block& block, AddToOut<N> add) {
+  const float* rows = kv.value + block.begin * kv.value_stride;
+  const float* weights = work.scores + block.begin * (N * Vec::kLanes);
+  const int64_t T = block.end - block.begin;
+  if (masked_rows_not_finite(block, kv.value, kv.value_stride, call.Dv))
+    multiply_guarded<N>(rows, kv.value_stride, weights, T, call.Dv, add);
+  else
+    multiply_rows<N, true>(rows, kv.value_stride, weights, T, 0, call.Dv, *work.soon, add);
+}
+
+// `Products` is how the two products are computed: Widened in forward.h, or those of pairs.h.
+template <int N, class Products>
+void attend_block(const Forward& call, Tile& tile, const Workspace& work,
+                  const typename Products::Keys& kv, int64_t key_of_block) {
   constexpr int W = Vec::kLanes, L = N * W;
   Block block{key_of_block, 0, minimum(kBlock, call.Lk - key_of_block), 0, 0};
   trim_block(tile, block);
@@ -160,7 +174,8 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
   // Where the scores are final as they come, their maximum is taken while they are in registers.
   const bool final =
       !transforms(call) && block.core_begin == block.begin && block.core_end == block.end;
-  compute_scores<N>(call, tile, work, kv, block, final ? tile.inner.max : nullptr);
+  Products::template compute_scores<N>(call, tile, work, kv, block,
+                                       final ? tile.inner.max : nullptr);
   if (transforms(call)) {
     if (call.bias.dense) read_bias(call, tile, block, work.bias);
     transform_scores<N>(call, tile, block, work);
@@ -193,14 +208,7 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
     store(tile.inner.max + n * W, new_max[n]);
     store(tile.inner.sum + n * W, fma(load(tile.inner.sum + n * W), f, sum[n]));
   }
-  const AddToOut<N> add{tile.inner.out, factor};
-  const float* rows = kv.value + block.begin * kv.value_stride;
-  const float* weights = work.scores + block.begin * L;
-  const int64_t T = block.end - block.begin;
-  if (masked_rows_not_finite(block, kv.value, kv.value_stride, call.Dv))
-    multiply_guarded<N>(rows, kv.value_stride, weights, T, call.Dv, add);
-  else
-    multiply_rows<N, true>(rows, kv.value_stride, weights, T, 0, call.Dv, *work.soon, add);
+  Products::template add_values<N>(call, work, kv, block, AddToOut<N>{tile.inner.out, factor});
 }
 
 // Folds `from` into `into` and clears it. Both relative to their own maxima.

@@ -59,7 +59,7 @@ struct Tile {
       count;  // lanes = vectors * kLanes, of which `count` are real; the rest copy the last
   int num_ranges;
   Range keys;    // hull of all lanes' keys
-  float* query;  // [D][lanes]
+  float* query;  // [D][lanes], or as pairs.h packs it
   Partial inner, outer;
   alignas(64) int32_t row[kMaxLanes], head[kMaxLanes];  // of each lane
   alignas(64) int32_t position[kMaxLanes];
@@ -225,10 +225,9 @@ inline void find_lanes(const Forward& call, Tile& tile) {
       tile.allowed_row[lane] = at_lane(call.mask.allowed, call.mask.allowed_stride, tile, lane);
 }
 
-// As find_lanes, and fills the tile's buffers.
+// As find_lanes, and clears the tile's results.
 inline void start_tile(const Forward& call, Tile& tile) {
   find_lanes(call, tile);
-  pack_query(call, tile);
   clear(tile.inner, tile.lanes(), call.Dv);
   if (call.Lk > kSpan) clear(tile.outer, tile.lanes(), call.Dv);
 }
