@@ -169,9 +169,23 @@ inline void make_logits(const Forward& call, const Tile& tile, Block& block,
   if (call.bias.dense) block.core_begin = block.core_end = block.begin;
 }
 
+// out = out * factor + Vᵀ Pᵀ for the block's weights.
 template <int N>
-void attend_block(const Forward& call, Tile& tile, const Workspace& work, const KeyValue& kv,
-                  int64_t key_of_block) {
+inline void add_values(const Forward& call, const Workspace& work, const KeyValue& kv,
+                       const Block& block, AddToOut<N> add) {
+  const float* rows = kv.value + block.begin * kv.value_stride;
+  const float* weights = work.scores + block.begin * (N * Vec::kLanes);
+  const int64_t T = block.end - block.begin;
+  if (masked_rows_not_finite(block, kv.value, kv.value_stride, call.Dv))
+    multiply_guarded<N>(rows, kv.value_stride, weights, T, call.Dv, add);
+  else
+    multiply_rows<N, true>(rows, kv.value_stride, weights, T, 0, call.Dv, *work.soon, add);
+}
+
+// `Products` is how the two products are computed: Widened in forward.h, or those of pairs.h.
+template <int N, class Products>
+void attend_block(const Forward& call, Tile& tile, const Workspace& work,
+                  const typename Products::Keys& kv, int64_t key_of_block) {
   constexpr int W = Vec::kLanes, L = N * W;
   Block block;
   if (!find_block(call, tile, work, key_of_block, block)) return;
@@ -181,8 +195,8 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
   // Where the scores are final as they come, their maximum is taken while they are in registers.
   const bool final =
       !transforms(call) && block.core_begin == block.begin && block.core_end == block.end;
-  multiply_columns<N>(call, kv.key, kv.key_stride, tile.query, call.D, block, *work.soon,
-                      work.scores, final ? tile.inner.max : nullptr);
+  Products::template compute_scores<N>(call, tile, work, kv, block,
+                                       final ? tile.inner.max : nullptr);
   make_logits<N>(call, tile, block, work);
 
   const Vec unit = set(score_unit(call));
@@ -211,14 +225,7 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work, const 
     store(tile.inner.sum + n * W, fma(load(tile.inner.sum + n * W), f, sum[n]));
   }
   if (call.dropout_threshold) drop_weights<N>(call, tile, block, work);
-  const AddToOut<N> add{tile.inner.out, factor};
-  const float* rows = kv.value + block.begin * kv.value_stride;
-  const float* weights = work.scores + block.begin * L;
-  const int64_t T = block.end - block.begin;
-  if (masked_rows_not_finite(block, kv.value, kv.value_stride, call.Dv))
-    multiply_guarded<N>(rows, kv.value_stride, weights, T, call.Dv, add);
-  else
-    multiply_rows<N, true>(rows, kv.value_stride, weights, T, 0, call.Dv, *work.soon, add);
+  Products::template add_values<N>(call, work, kv, block, AddToOut<N>{tile.inner.out, factor});
 }
 
 // Folds `from` into `into` and clears it. Both relative to their own maxima.

@@ -17,24 +17,62 @@ inline bool packs_key(const Forward& call) {
 inline bool packs_value(const Forward& call) {
   return call.value_stride[2] != call.Dv || call.type != Type::float32;
 }
-inline int64_t packed_floats(const Forward& call) {
-  return kBlock * ((packs_key(call) ? call.D : 0) + (packs_value(call) ? call.Dv : 0));
-}
+// The two products in float32, on K and V as they lie in memory where that can be.
+struct Widened {
+  using Keys = KeyValue;
+  static int64_t query_floats(const Forward& call) { return call.D * kMaxLanes; }
+  static void pack(const Forward& call, Tile& tile) { pack_query(call, tile); }
+  static int64_t packed_floats(const Forward& call) {
+    return kBlock * ((packs_key(call) ? call.D : 0) + (packs_value(call) ? call.Dv : 0));
+  }
+  // `k`, `v`: the first of so many rows; `slot`: null where nothing is packed, as `packed` then is.
+  static Keys load(const Forward& call, const void* k, const void* v, int64_t rows, Slot* slot,
+                   bool held, float* packed) {
+    Keys kv{static_cast<const float*>(k), static_cast<const float*>(v), call.D, call.Dv};
+    if (!slot) return kv;
+    if (packs_key(call)) {
+      if (!held) pack_rows(call.type, k, call.key_stride[2], rows, call.D, packed);
+      kv.key = packed;
+      packed += kBlock * call.D;
+    }
+    if (packs_value(call)) {
+      if (!held) pack_rows(call.type, v, call.value_stride[2], rows, call.Dv, packed);
+      kv.value = packed;
+    }
+    return kv;
+  }
+  template <int N>
+  static void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
+                             const Keys& kv, const Block& block, float* running_max) {
+    multiply_columns<N>(call, kv.key, kv.key_stride, tile.query, call.D, block, *work.soon,
+                        work.scores, running_max);
+  }
+  template <int N>
+  static void add_values(const Forward& call, const Workspace& work, const Keys& kv,
+                         const Block& block, AddToOut<N> add) {
+    ::add_values<N>(call, work, kv, block, add);
+  }
+};
+
+template <class Products>
 inline int64_t num_slots(const Forward& call) {
-  const int64_t blocks = (call.Lk + kBlock - 1) / kBlock, floats = packed_floats(call);
+  const int64_t blocks = (call.Lk + kBlock - 1) / kBlock, floats = Products::packed_floats(call);
   return floats == 0 ? 0 : minimum(blocks, maximum(kPackedFloats / floats, 1));
 }
 
 // The slot of the block at `key`. Where the blocks outnumber the slots the first ones keep theirs:
 // taking turns, each would be gone before it is wanted again.
+template <class Products>
 inline Slot& slot_of(const Forward& call, const Workspace& work, int64_t key, Range keys) {
-  const int64_t slots = num_slots(call), index = key / kBlock, first = keys.begin / kBlock;
+  const int64_t slots = num_slots<Products>(call), index = key / kBlock,
+                first = keys.begin / kBlock;
   const bool all_fit = (keys.end + kBlock - 1) / kBlock - first <= slots;
   return work.slots[all_fit ? index % slots : minimum(index - first, slots - 1)];
 }
 
+template <class Products>
 inline float* packed_rows(const Forward& call, const Workspace& work, const Slot& slot) {
-  return work.packed + (&slot - work.slots) * packed_floats(call);
+  return work.packed + (&slot - work.slots) * Products::packed_floats(call);
 }
 
 inline bool holds(const Slot& slot, int64_t head, int64_t key) {
@@ -42,27 +80,18 @@ inline bool holds(const Slot& slot, int64_t head, int64_t key) {
 }
 
 // The block of keys starting at `key`, where it lies or packed.
-inline KeyValue load_block(const Forward& call, const Workspace& work, int64_t b, int64_t hkv,
-                           int64_t key, Range keys) {
+template <class Products>
+inline typename Products::Keys load_block(const Forward& call, const Workspace& work, int64_t b,
+                                          int64_t hkv, int64_t key, Range keys) {
   const void* k = row_at(call.key, call.type, call.key_stride, b, hkv, key);
   const void* v = row_at(call.value, call.type, call.value_stride, b, hkv, key);
-  KeyValue kv{static_cast<const float*>(k), static_cast<const float*>(v), call.D, call.Dv};
-  if (!work.slots) return kv;
-  Slot& slot = slot_of(call, work, key, keys);
-  const bool held = holds(slot, b * call.Hkv + hkv, key);
-  slot = {b * call.Hkv + hkv, key};
-  const int64_t rows = minimum(kBlock, call.Lk - key);
-  float* packed = packed_rows(call, work, slot);
-  if (packs_key(call)) {
-    if (!held) pack_rows(call.type, k, call.key_stride[2], rows, call.D, packed);
-    kv.key = packed;
-    packed += kBlock * call.D;
-  }
-  if (packs_value(call)) {
-    if (!held) pack_rows(call.type, v, call.value_stride[2], rows, call.Dv, packed);
-    kv.value = packed;
-  }
-  return kv;
+  const int64_t rows = minimum(kBlock, call.Lk - key), head = b * call.Hkv + hkv;
+  if (!work.slots) return Products::load(call, k, v, rows, nullptr, false, nullptr);
+  Slot& slot = slot_of<Products>(call, work, key, keys);
+  const bool held = holds(slot, head, key);
+  slot.head = head, slot.key = key;
+  float* packed = packed_rows<Products>(call, work, slot);
+  return Products::load(call, k, v, rows, &slot, held, packed);
 }
 
 // How a call is cut: every (b, hkv) has Lq * G flat queries; a work item is up to kItemVectors
@@ -104,6 +133,7 @@ struct Scratch {
   Workspace work;
   int64_t bytes;
 };
+template <class Products = Widened>
 inline Scratch lay_out(const Forward& call, void* start) {
   Arena arena{static_cast<char*>(start)};
   Scratch scratch;
@@ -111,13 +141,13 @@ inline Scratch lay_out(const Forward& call, void* start) {
   scratch.work.soon = arena.take<Prefetcher>(1);
   scratch.work.scores = arena.take<float>(kBlock * kMaxLanes);
   scratch.work.bias = call.bias.dense ? arena.take<float>(kBlock * kMaxLanes) : nullptr;
-  const int64_t slots = num_slots(call);
+  const int64_t slots = num_slots<Products>(call);
   scratch.work.slots = slots ? arena.take<Slot>(slots) : nullptr;
-  scratch.work.packed = slots ? arena.take<float>(slots * packed_floats(call)) : nullptr;
+  scratch.work.packed = slots ? arena.take<float>(slots * Products::packed_floats(call)) : nullptr;
   const bool dense = call.mask.kind == PlanKind::dense;
   scratch.work.allowed = dense ? arena.take<float>(kBlock * kMaxLanes) : nullptr;
   for (int i = 0; i < kMaxTiles; ++i) {
-    float* query = arena.take<float>(call.D * kMaxLanes);
+    float* query = arena.take<float>(Products::query_floats(call));
     float* inner = arena.take<float>(call.Dv * kMaxLanes);
     float* outer = call.Lk > kSpan ? arena.take<float>(call.Dv * kMaxLanes) : nullptr;
     if (!start) continue;
@@ -158,16 +188,17 @@ inline void want_query_rows(Prefetcher& soon, const Forward& call, const void* d
 
 // What load_block will read for the block at `key`, but for a V that lies as it should: the scores
 // leave time to fetch that.
+template <class Products>
 inline void want_block(const Forward& call, const Workspace& work, const Item& item, int64_t key,
                        Range keys) {
   if (key >= keys.end) return;
   const int64_t end = minimum(key + kBlock, keys.end);
   bool held = false;
   if (work.slots) {
-    const Slot& slot = slot_of(call, work, key, keys);
+    const Slot& slot = slot_of<Products>(call, work, key, keys);
     held = holds(slot, item.b * call.Hkv + item.hkv, key);
-    const int64_t bytes = packed_floats(call) * int64_t(sizeof(float));
-    if (held) work.soon->want(packed_rows(call, work, slot), bytes, 1, bytes);
+    const int64_t bytes = Products::packed_floats(call) * int64_t(sizeof(float));
+    if (held) work.soon->want(packed_rows<Products>(call, work, slot), bytes, 1, bytes);
   }
   if (!held || !packs_key(call))
     want_rows(*work.soon, call, call.key, call.key_stride, item.b, item.hkv, key, end, call.D);
@@ -177,6 +208,7 @@ inline void want_block(const Forward& call, const Workspace& work, const Item& i
 
 // What to have in cache by the time the block at `key` is done: its V, the next block's K and, near
 // the item's end, the rows it will write and the next item's queries and first keys.
+template <class Products>
 inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& item, int64_t key,
                         Range keys, int64_t likely_next) {
   constexpr int64_t kNearEnd = 3 * kBlock;
@@ -187,7 +219,7 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   if (first || !near_end) soon.clear();
   if (!packs_value(call))
     want_rows(soon, call, call.value, call.value_stride, item.b, item.hkv, key, block_end, call.Dv);
-  want_block(call, work, item, block_end, keys);
+  want_block<Products>(call, work, item, block_end, keys);
   if (!near_end || (left + kBlock <= kNearEnd && !first)) return;
   want_query_rows(soon, call, call.out, call.out_stride, item, call.Dv);
   if (likely_next < 0) return;
@@ -202,15 +234,17 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
 }
 
 // Before a thread's first item of a call: its memory may hold what another call left there.
+template <class Products = Widened>
 inline void forget_slots(const Forward& call, void* memory) {
-  const Scratch scratch = lay_out(call, memory);
-  for (int64_t i = 0; i < num_slots(call); ++i) scratch.work.slots[i].head = -1;
+  const Scratch scratch = lay_out<Products>(call, memory);
+  for (int64_t i = 0; i < num_slots<Products>(call); ++i) scratch.work.slots[i].head = -1;
 }
 
 // `likely_next` is a guess at the item this thread will be given next; its queries are fetched
 // ahead.
+template <class Products = Widened>
 inline void attend_item(const Forward& call, int64_t index, int64_t likely_next, void* memory) {
-  const Scratch scratch = lay_out(call, memory);
+  const Scratch scratch = lay_out<Products>(call, memory);
   const Item item = find_item(call, index);
   int num_tiles = 0;
   Range keys{int32_t(call.Lk), 0};
@@ -223,20 +257,21 @@ inline void attend_item(const Forward& call, int64_t index, int64_t likely_next,
     tile.count = int(minimum(lanes, item.end - first));
     tile.vectors = (tile.count + Vec::kLanes - 1) / Vec::kLanes;
     start_tile(call, tile);
+    Products::pack(call, tile);
     if (tile.keys.begin < keys.begin) keys.begin = tile.keys.begin;
     if (tile.keys.end > keys.end) keys.end = tile.keys.end;
   }
 
   for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
-    const KeyValue kv = load_block(call, scratch.work, item.b, item.hkv, key, keys);
-    fetch_ahead(call, scratch.work, item, key, keys, likely_next);
+    const auto kv = load_block<Products>(call, scratch.work, item.b, item.hkv, key, keys);
+    fetch_ahead<Products>(call, scratch.work, item, key, keys, likely_next);
     const bool span_ends = (key + kBlock) % kSpan == 0 || key + kBlock >= keys.end;
     for (int i = 0; i < num_tiles; ++i) {
       Tile& tile = scratch.tiles[i];
       if (key < tile.keys.end && key + kBlock > tile.keys.begin) {
-        if (tile.vectors == 3) attend_block<3>(call, tile, scratch.work, kv, key);
-        if (tile.vectors == 2) attend_block<2>(call, tile, scratch.work, kv, key);
-        if (tile.vectors == 1) attend_block<1>(call, tile, scratch.work, kv, key);
+        if (tile.vectors == 3) attend_block<3, Products>(call, tile, scratch.work, kv, key);
+        if (tile.vectors == 2) attend_block<2, Products>(call, tile, scratch.work, kv, key);
+        if (tile.vectors == 1) attend_block<1, Products>(call, tile, scratch.work, kv, key);
       }
       if (call.Lk > kSpan && span_ends) merge(call, tile.lanes(), tile.inner, tile.outer);
     }

@@ -1,9 +1,10 @@
 // The one micro-kernel: C[r][lane] = sum over t of A[r][t] * B[t][lane].
 //
-// A is broadcast, one float at a time, from where it lies in memory; B and C have `N` vectors of
-// lanes. 8 x 3, 12 x 2 or 16 x 1 accumulators hide the FMA's latency and need fewer loads than two
-// load ports give. Each C[r][lane] is one chain of FMAs in ascending t from zero, whatever R and N
-// are: that is what makes results independent of how work was cut.
+// A is broadcast, one number at a time, from where it lies in memory; B and C have `N` vectors of
+// lanes. Numbers of A and B are floats, or pairs of bfloat16 along t (pairs.h). 8 x 3, 12 x 2 or 16
+// x 1 accumulators hide the FMA's latency and need fewer loads than two load ports give. Each
+// C[r][lane] is one chain of FMAs in ascending t from zero, whatever R and N are: that is what
+// makes results independent of how work was cut.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +21,15 @@ constexpr int kRows = N == 3   ? Vec::kRows3
 // How many steps of a product there are to one prefetch.
 constexpr int kStepsPerLine = 2;
 
-template <int R, int N>
-[[gnu::always_inline]] inline void multiply_step(Vec (&c)[R][N], const float* a, int64_t a_row,
-                                                 const float* b) {
-  Vec lanes[N];
+template <int R, int N, class Number>
+[[gnu::always_inline]] inline void multiply_step(Vec (&c)[R][N], const Number* a, int64_t a_row,
+                                                 const Number* b) {
+  decltype(load(b)) lanes[N];
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) lanes[n] = load(b + n * Vec::kLanes);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const Vec x = set(a[r * a_row]);
+    const auto x = set(a[r * a_row]);
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) c[r][n] = fma(x, lanes[n], c[r][n]);
   }
@@ -36,8 +37,8 @@ template <int R, int N>
 
 // One register tile. `Use` takes the finished tile: use(row, c). Out of line, so that each has the
 // registers to itself.
-template <int R, int N, bool kRowsAdjacent, class Use>
-[[gnu::noinline]] void multiply_tile(const float* a, int64_t stride, const float* b, int64_t T,
+template <int R, int N, bool kRowsAdjacent, class Number, class Use>
+[[gnu::noinline]] void multiply_tile(const Number* a, int64_t stride, const Number* b, int64_t T,
                                      int64_t row, const void* const* soon, Use use) {
   const int64_t a_row = kRowsAdjacent ? 1 : stride, a_step = kRowsAdjacent ? stride : 1;
   a += row * a_row;
@@ -69,9 +70,9 @@ template <int R, int N, bool kRowsAdjacent, class Use>
 // a[row * stride + t] (K). B is [T][N * kLanes], T at most kMaxSteps.
 constexpr int64_t kMaxSteps = 128;
 
-template <int N, bool kRowsAdjacent, int R = kRows<N>, class Use>
-inline void multiply_rows(const float* a, int64_t stride, const float* b, int64_t T, int64_t begin,
-                          int64_t end, Prefetcher& soon, Use use) {
+template <int N, bool kRowsAdjacent, int R = kRows<N>, class Number, class Use>
+inline void multiply_rows(const Number* a, int64_t stride, const Number* b, int64_t T,
+                          int64_t begin, int64_t end, Prefetcher& soon, Use use) {
   for (; end - begin >= R; begin += R) {
     const void* lines[kMaxSteps / kStepsPerLine];
     soon.take(lines, T / kStepsPerLine, b);

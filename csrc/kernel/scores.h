@@ -18,6 +18,7 @@ struct Block {
 // Whose block of K and V a packed copy is: that at `key` of head b * Hkv + hkv.
 struct Slot {
   int64_t head, key;
+  bool finite;  // V holds neither inf nor NaN; kept by pairs.h alone
 };
 
 struct Workspace {

@@ -59,7 +59,7 @@ struct Tile {
       count;  // lanes = vectors * kLanes, of which `count` are real; the rest copy the last
   int num_ranges;
   Range keys;    // hull of all lanes' keys
-  float* query;  // [D][lanes]
+  float* query;  // [D][lanes], or as pairs.h packs it
   Partial inner, outer;
   alignas(64) int32_t row[kMaxLanes], head[kMaxLanes];  // of each lane
   alignas(64) int32_t position[kMaxLanes];
@@ -229,10 +229,9 @@ inline void place_tile(const Forward& call, Tile& tile) {
       tile.allowed_row[lane] = at_lane(call.mask.allowed, call.mask.allowed_stride, tile, lane);
 }
 
-// As place_tile, and its buffers, which are set too.
+// As place_tile, and clears the tile's results.
 inline void start_tile(const Forward& call, Tile& tile) {
   place_tile(call, tile);
-  pack_query(call, tile);
   clear(tile.inner, tile.lanes(), call.Dv);
   if (call.Lk > kSpan) clear(tile.outer, tile.lanes(), call.Dv);
 }

@@ -1,0 +1,22 @@
+// clang-format off: the vectors come first, the kernels are written over them
+#include "pairs_avx512.h"
+#include "kernel/entry_pairs.h"
+// clang-format on
+
+namespace manyheads {
+extern const Kernels kKernelsAvx512Bf16;
+const Kernels kKernelsAvx512Bf16{"avx512_bf16",
+                                 num_items,
+                                 pair_scratch_bytes<VectorUnit>,
+                                 shared_bytes,
+                                 prepare,
+                                 pair_begin<VectorUnit>,
+                                 pair_forward<VectorUnit>,
+                                 backward_shared_bytes,
+                                 partial_bytes,
+                                 backward_scratch_bytes,
+                                 num_stage_items,
+                                 backward,
+                                 kFlopsPerStep,
+                                 multiply_add};
+}  // namespace manyheads

@@ -1,0 +1,199 @@
+// The two products in bfloat16, on instructions that multiply pairs of numbers and add them to a
+// float32 sum. Numbers lie in pairs along whatever is summed: D for the scores, keys for the
+// values. Q and K are such rows by nature; V is packed as its transpose, once per block, and the
+// weights are rounded to bfloat16. All else, the softmax and its sums above all, is that of
+// attend.h in float32.
+//
+// A `Unit` multiplies, beside vec_*.h and the words of pairs_*.h:
+//   kTerms               numbers that it sums in one step
+//   Session              alive while it is used
+//   scores<N>, values<N> as below in VectorUnit
+#pragma once
+
+#include "forward.h"
+
+namespace {
+
+constexpr int64_t kLinePairs = 16;  // packed rows are zeros up to a multiple of this
+constexpr int64_t kKeyPairs = kBlock / 2;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t key_pairs(const Forward& call) { return round_up(call.D, 2 * kLinePairs) / 2; }
+
+// K and V of one block, packed; and V as it lies.
+struct PairKeys {
+  const Pair *key, *value;  // [kBlock][key_pairs], [Dv][kKeyPairs]
+  const uint16_t* value_rows;
+  int64_t value_stride;
+  bool finite;  // without inf and NaN in V, which are 0 in the packed copy
+};
+
+// Row after row, padded with zeros: `to` is [kBlock][width_pairs].
+inline void pack_pairs(const uint16_t* from, int64_t stride, int64_t rows, int64_t width,
+                       Pair* to) {
+  constexpr int64_t kStep = 2 * kLinePairs;
+  for (int64_t row = 0; row < rows; ++row, from += stride)
+    for (int64_t d = 0; d < width; d += kStep, to += kLinePairs)
+      store(to, load_some(from + d, minimum(kStep, width - d)));
+}
+
+// [Dv][kKeyPairs] of V's rows, with zeros for keys that there are not, and for inf and NaN. Whether
+// there were none of those.
+inline bool pack_columns(const uint16_t* from, int64_t stride, int64_t rows, int64_t width,
+                         Pair* to) {
+  constexpr int64_t W = Vec::kLanes;
+  bool finite = true;
+  for (int64_t d = 0; d < width; d += W) {
+    for (int64_t key = 0; key < rows; key += 2 * W) {
+      VecPairs words[W];
+      bool fine = true;
+      for (int64_t i = 0; i < W; ++i) {
+        const int64_t row = key + 2 * i;
+        const uint16_t* p = from + row * stride + d;
+        words[i] = row < rows ? zip(p, row + 1 < rows ? p + stride : nullptr, minimum(W, width - d))
+                              : no_pairs();
+        fine &= all_finite(words[i]);
+      }
+      if (!fine)
+        for (VecPairs& word : words) word = only_finite(word);
+      finite &= fine;
+      transpose(words);
+      for (int64_t i = 0; i < W; ++i) store(to + (d + i) * kKeyPairs + key / 2, words[i]);
+    }
+  }
+  return finite;
+}
+
+// Qᵀ of the tile's lanes, [key_pairs][lanes] pairs; as pack_query in tile.h.
+inline void pack_query_pairs(const Forward& call, Tile& tile) {
+  constexpr int W = Vec::kLanes;
+  const int64_t lanes = tile.lanes();
+  Pair* const to = reinterpret_cast<Pair*>(tile.query);
+  for (int v = 0; v < tile.vectors; ++v) {
+    const uint16_t* source[W];
+    for (int i = 0; i < W; ++i)
+      source[i] =
+          static_cast<const uint16_t*>(row_at(call.query, call.type, call.query_stride, tile.b,
+                                              tile.head[v * W + i], tile.row[v * W + i]));
+    for (int64_t d = 0; d < call.D; d += 2 * W) {
+      VecPairs rows[W];
+      for (int i = 0; i < W; ++i) rows[i] = load_some(source[i] + d, minimum(2 * W, call.D - d));
+      transpose(rows);
+      for (int64_t i = 0; i < W; ++i)
+        store(to + (d / 2 + i) * lanes + v * W, call.scale < 0 ? -rows[i] : rows[i]);
+    }
+  }
+}
+
+// The block's weights as pairs of neighbouring keys, [kKeyPairs][lanes], in place; keys [begin,
+// end) of the product, even numbers, may reach beyond the block's rows, where the weights are 0.
+template <int N>
+[[gnu::noinline]] void narrow_weights(const Block& block, int64_t begin, int64_t end,
+                                      float* scores) {
+  constexpr int W = Vec::kLanes, L = N * W;
+  Pair* const pairs = reinterpret_cast<Pair*>(scores);
+  const auto either_or_zero = [&](int64_t row, int n) {
+    return row >= block.begin && row < block.end ? load(scores + row * L + n * W) : zero();
+  };
+  const auto at_edge = [&](int64_t row) {
+    for (int n = 0; n < N; ++n)
+      store(pairs + row / 2 * L + n * W, zip(either_or_zero(row, n), either_or_zero(row + 1, n)));
+  };
+  int64_t row = begin;
+  for (; row < block.begin; row += 2) at_edge(row);
+  for (; row + 2 <= block.end; row += 2)
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      const float* p = scores + row * L + n * W;
+      store(pairs + row / 2 * L + n * W, zip(load(p), load(p + L)));
+    }
+  for (; row < end; row += 2) at_edge(row);
+}
+
+// What inf and NaN in V, which the packed copy lacks, add to rows of `out`. Rare and slow.
+template <int N>
+[[gnu::noinline]] void add_not_finite(const Forward& call, const Block& block, const PairKeys& kv,
+                                      const Pair* weights, float* out) {
+  constexpr int L = N * Vec::kLanes;
+  const auto widened = [](uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  constexpr uint16_t kExponent = 0x7f80, kMasked = 0x8000;  // -0: see weigh_scores
+  for (int64_t row = block.begin; row < block.end; ++row) {
+    for (int64_t d = 0; d < call.Dv; ++d) {
+      const uint16_t v = kv.value_rows[row * kv.value_stride + d];
+      if ((v & kExponent) != kExponent) continue;
+      for (int64_t lane = 0; lane < L; ++lane) {
+        const Pair pair = weights[row / 2 * L + lane];
+        const uint16_t weight = row % 2 ? pair.second : pair.first;
+        if (weight != kMasked) out[d * L + lane] += widened(v) * widened(weight);
+      }
+    }
+  }
+}
+
+template <class Unit>
+struct Pairs {
+  using Keys = PairKeys;
+  static int64_t query_floats(const Forward& call) { return key_pairs(call) * kMaxLanes; }
+  static void pack(const Forward& call, Tile& tile) { pack_query_pairs(call, tile); }
+  static int64_t packed_floats(const Forward& call) {
+    return kBlock * key_pairs(call) + round_up(call.Dv, 2 * Vec::kLanes) * kKeyPairs;
+  }
+  static Keys load(const Forward& call, const void* k, const void* v, int64_t rows, Slot* slot,
+                   bool held, float* packed) {
+    Pair* const key = reinterpret_cast<Pair*>(packed);
+    Pair* const value = key + kBlock * key_pairs(call);
+    const uint16_t* const value_rows = static_cast<const uint16_t*>(v);
+    const int64_t value_stride = call.value_stride[2];
+    if (!held) {
+      pack_pairs(static_cast<const uint16_t*>(k), call.key_stride[2], rows, call.D, key);
+      slot->finite = pack_columns(value_rows, value_stride, rows, call.Dv, value);
+    }
+    return {key, value, value_rows, value_stride, slot->finite};
+  }
+
+  template <int N>
+  static void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
+                             const Keys& kv, const Block& block, float* running_max) {
+    Unit::template scores<N>(call, tile, work, kv, block, running_max);
+  }
+  template <int N>
+  static void add_values(const Forward& call, const Workspace& work, const Keys& kv,
+                         const Block& block, AddToOut<N> add) {
+    const int64_t begin = block.begin / Unit::kTerms * Unit::kTerms;
+    const int64_t end = round_up(block.end, Unit::kTerms);
+    narrow_weights<N>(block, begin, end, work.scores);
+    const Pair* const weights = reinterpret_cast<const Pair*>(work.scores);
+    Unit::template values<N>(call, work, kv, weights, begin, end, add);
+    if (!kv.finite) add_not_finite<N>(call, block, kv, weights, add.out);
+  }
+};
+
+// The micro-kernel of product.h, on pairs.
+struct VectorUnit {
+  static constexpr int64_t kTerms = 2;
+  struct Session {};
+
+  // Sᵀ = K Qᵀ for the block's rows, and at least these.
+  template <int N>
+  static void scores(const Forward& call, const Tile& tile, const Workspace& work,
+                     const PairKeys& kv, const Block& block, float* running_max) {
+    multiply_rows<N, false>(kv.key, key_pairs(call), reinterpret_cast<const Pair*>(tile.query),
+                            (call.D + 1) / 2, block.begin, block.end, *work.soon,
+                            StoreScores<N, false>{work.scores, running_max});
+  }
+  // out = out * factor + Vᵀ Pᵀ over keys [begin, end) of the block.
+  template <int N>
+  static void values(const Forward& call, const Workspace& work, const PairKeys& kv,
+                     const Pair* weights, int64_t begin, int64_t end, AddToOut<N> add) {
+    multiply_rows<N, false>(kv.value + begin / 2, kKeyPairs,
+                            weights + begin / 2 * (N * Vec::kLanes), (end - begin) / 2, 0, call.Dv,
+                            *work.soon, add);
+  }
+};
+
+}  // namespace
