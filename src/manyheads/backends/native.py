@@ -1,9 +1,11 @@
-"""Our own kernels: attention on the CPU, for AVX-512, AVX2 or plain C++.
+"""Our own kernels: attention on the CPU, for AMX, AVX-512, AVX2, NEON or plain C++.
 
-float32, bfloat16 and float16; every product and sum is float32. K and V are taken with any strides,
-as long as each row is contiguous: float32 rows that follow each other are read in place, others are
-copied, and widened, a block at a time. Grouped heads share them, masked blocks are
-skipped, and memory beyond inputs and output is a few tiles per thread.
+float32, bfloat16 and float16; every sum is float32, and so is every product but those of bfloat16
+where the processor has instructions for them (AMX, AVX512-BF16), which take weights in bfloat16.
+K and V are taken with any strides, as long as each row is contiguous: float32 rows that follow each
+other are read in place, others are copied, and half types widened or paired, a block at a time.
+Grouped heads share them, masked blocks are skipped, and memory beyond inputs and output is a few
+tiles per thread.
 """
 
 from __future__ import annotations
