@@ -14,7 +14,7 @@ struct Expected {
   Result<double> oracle;
   std::vector<std::vector<float>> plain_out, plain_lse;  // in several orders of summation
   Result<double> narrow_oracle;                          // of the inputs rounded to bfloat16
-  std::vector<std::vector<float>> plain_narrow_out;      // with every step in bfloat16
+  std::vector<std::vector<float>> plain_narrow_out;      // in bfloat16, and in float32
 };
 Expected expect_of(const Case& made);
 
