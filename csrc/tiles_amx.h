@@ -17,6 +17,12 @@ template <int T>
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(T)
                    : "memory");
 }
+// The same for memory that will not be wanted again soon, so that it displaces less.
+template <int T>
+[[gnu::always_inline]] inline void load_tile_once(const void* from, int64_t stride_bytes) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(T)
+                   : "memory");
+}
 template <int T>
 [[gnu::always_inline]] inline void store_tile(void* to, int64_t stride_bytes) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(T)

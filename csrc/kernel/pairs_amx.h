@@ -24,7 +24,7 @@ template <int N, int kSet>
   constexpr int64_t kStride = N * W * 4;
   for_tiles<0, N>([](auto n) noexcept { zero_tile<kSums<N, kSet> + decltype(n)::value>(); });
   for (int64_t p = 0; p < pairs; p += kLinePairs) {
-    load_tile<kRowTile>(a + p, a_pairs * 4);
+    load_tile_once<kRowTile>(a + p, a_pairs * 4);
     for_tiles<0, N>([&](auto n) noexcept {
       constexpr int i = decltype(n)::value;
       load_tile<kLaneTile>(b + p * (N * W) + i * W, kStride);
