@@ -131,7 +131,7 @@ Choice choose_kernels();
 const Kernels* kernels_named(const char* isa);  // null unless this machine has it
 const char* detected_isas();                    // e.g. "avx512 avx2 scalar"
 // The half types whose matrix products this machine has a unit for (Intel's AMX), which PyTorch's
-// attention uses and these kernels do not: "", "bfloat16" or "bfloat16 float16".
+// attention uses and the chosen kernels do not: of "bfloat16 float16", or "".
 const char* matrix_unit_types();
 
 }  // namespace manyheads

@@ -186,8 +186,10 @@ const char* detected_isas() {
 }
 
 const char* matrix_unit_types() {
-  if (features() & kAmxFloat16) return "bfloat16 float16";
-  return features() & kAmxBfloat16 ? "bfloat16" : "";
+  const Kernels* const chosen = choose_kernels().kernels;
+  const bool both_use_it = chosen && std::strcmp(chosen->name, "amx") == 0;
+  if (features() & kAmxFloat16) return both_use_it ? "float16" : "bfloat16 float16";
+  return (features() & kAmxBfloat16) && !both_use_it ? "bfloat16" : "";
 }
 
 }  // namespace manyheads

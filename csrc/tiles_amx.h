@@ -17,6 +17,12 @@ template <int T>
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(T)
                    : "memory");
 }
+// The same for memory that will not be wanted again soon, so that it displaces less.
+template <int T>
+[[gnu::always_inline]] inline void load_tile_once(const void* from, int64_t stride_bytes) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(T)
+                   : "memory");
+}
 template <int T>
 [[gnu::always_inline]] inline void store_tile(void* to, int64_t stride_bytes) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(T)
@@ -30,19 +36,15 @@ template <int C, int A, int B>
 
 // Tiles belong to the thread, and other code on it may use them in its own shapes: they are set up
 // for each work item and given back after it.
-struct TileSession {
-  TileSession() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
-    __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
-  }
-  ~TileSession() { __asm__ volatile("tilerelease"); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
-};
+[[gnu::always_inline]] inline void set_up_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
+}
+[[gnu::always_inline]] inline void give_back_tiles() { __asm__ volatile("tilerelease"); }
 
 // each(Number<first>{}) ... each(Number<last - 1>{}): registers are named by constants.
 template <int I>

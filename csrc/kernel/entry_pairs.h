@@ -26,8 +26,9 @@ template <class Unit>
 void pair_forward(const Forward& call, int64_t item, int64_t likely_next, void* scratch,
                   void* shared) {
   if (!uses_pairs(call)) return forward(call, item, likely_next, scratch, shared);
-  [[maybe_unused]] const typename Unit::Session session;
+  Unit::begin_item();
   attend_item<Pairs<Unit>>(call, item, likely_next, scratch);
+  Unit::end_item();
 }
 
 }  // namespace

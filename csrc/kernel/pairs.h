@@ -5,9 +5,9 @@
 // attend.h in float32.
 //
 // A `Unit` multiplies, beside vec_*.h and the words of pairs_*.h:
-//   kTerms               numbers that it sums in one step
-//   Session              alive while it is used
-//   scores<N>, values<N> as below in VectorUnit
+//   kTerms                numbers that it sums in one step
+//   begin_item, end_item  called around each work item
+//   scores<N>, values<N>  as below in VectorUnit
 #pragma once
 
 #include "forward.h"
@@ -176,7 +176,8 @@ struct Pairs {
 // The micro-kernel of product.h, on pairs.
 struct VectorUnit {
   static constexpr int64_t kTerms = 2;
-  struct Session {};
+  static void begin_item() {}
+  static void end_item() {}
 
   // Sᵀ = K Qᵀ for the block's rows, and at least these.
   template <int N>

@@ -6,6 +6,9 @@
 
 namespace {
 
+// Functions handed on are noexcept: without optimisation GCC prepares for exceptions otherwise, and
+// that would be a symbol shared with other files.
+//
 // Two sets of N tiles of sums, one for rows of A and one for lanes of B. A set is stored while the
 // other one is being summed: storing takes as long as multiplying otherwise.
 constexpr int kRowTile = 6, kLaneTile = 7;
@@ -19,10 +22,10 @@ template <int N, int kSet>
                                              int64_t pairs, float* previous) {
   constexpr int W = Vec::kLanes;
   constexpr int64_t kStride = N * W * 4;
-  for_tiles<0, N>([](auto n) { zero_tile<kSums<N, kSet> + decltype(n)::value>(); });
+  for_tiles<0, N>([](auto n) noexcept { zero_tile<kSums<N, kSet> + decltype(n)::value>(); });
   for (int64_t p = 0; p < pairs; p += kLinePairs) {
-    load_tile<kRowTile>(a + p, a_pairs * 4);
-    for_tiles<0, N>([&](auto n) {
+    load_tile_once<kRowTile>(a + p, a_pairs * 4);
+    for_tiles<0, N>([&](auto n) noexcept {
       constexpr int i = decltype(n)::value;
       load_tile<kLaneTile>(b + p * (N * W) + i * W, kStride);
       multiply_tiles<kSums<N, kSet> + i, kRowTile, kLaneTile>();
@@ -38,7 +41,7 @@ template <int N, class Use>
                                                    int64_t pairs, int64_t groups, float* sums,
                                                    int64_t ring, Use use) {
   constexpr int64_t kFloats = kTileRows * N * Vec::kLanes;
-  const auto at = [&](int64_t i) { return sums + (i & ring) * kFloats; };
+  const auto at = [&](int64_t i) noexcept { return sums + (i & ring) * kFloats; };
   for (int64_t i = 0; i < groups; ++i, a += kTileRows * a_pairs) {
     float* const previous = i ? at(i - 1) : nullptr;
     i % 2 ? sum_tiles<N, 1>(a, a_pairs, b, pairs, previous)
@@ -46,7 +49,7 @@ template <int N, class Use>
     if (i) use(i - 1, previous);
   }
   const int64_t last = groups - 1;
-  for_tiles<0, N>([&](auto n) {
+  for_tiles<0, N>([&](auto n) noexcept {
     constexpr int i = decltype(n)::value, W = Vec::kLanes;
     last % 2 ? store_tile<kSums<N, 1> + i>(at(last) + i * W, N * W * 4)
              : store_tile<kSums<N, 0> + i>(at(last) + i * W, N * W * 4);
@@ -56,7 +59,8 @@ template <int N, class Use>
 
 struct TileUnit {
   static constexpr int64_t kTerms = 2 * kLinePairs;
-  using Session = TileSession;
+  static void begin_item() { set_up_tiles(); }
+  static void end_item() { give_back_tiles(); }
 
   template <int N>
   static void scores(const Forward& call, const Tile& tile, const Workspace& work,
@@ -68,7 +72,7 @@ struct TileUnit {
     for (int n = 0; n < N; ++n) largest[n] = running_max ? load(running_max + n * W) : zero();
     multiply_groups<N>(kv.key + first * pairs, pairs, reinterpret_cast<const Pair*>(tile.query),
                        pairs, (block.end - first + kTileRows - 1) / kTileRows,
-                       work.scores + first * (N * W), -1, [&](int64_t i, const float*) {
+                       work.scores + first * (N * W), -1, [&](int64_t i, const float*) noexcept {
                          const int64_t row = first + i * kTileRows;
                          if (running_max)
                            take_max<N>(work, maximum(row, block.begin),
@@ -89,7 +93,7 @@ struct TileUnit {
     for (int n = 0; n < N; ++n) factor[n] = load(add.factor + n * W);
     multiply_groups<N>(kv.value + begin / 2, kKeyPairs, weights + begin / 2 * L, (end - begin) / 2,
                        (call.Dv + kTileRows - 1) / kTileRows, sums, 1,
-                       [&](int64_t group, const float* c) {
+                       [&](int64_t group, const float* c) noexcept {
                          const int64_t first = group * kTileRows;
                          float* to = add.out + first * L;
                          const int64_t rows = minimum(kTileRows, call.Dv - first);

@@ -31,12 +31,12 @@ _LIBRARY_NAME = "libmanyheads.so"
 class CpuKernels(NamedTuple):
     """Which kernels this process uses.
 
-    name: "avx512", "avx2", "neon" or "scalar"; None if there is no library or MANYHEADS_ISA is
-        wrong.
+    name: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "scalar"; None if there is no library
+        or MANYHEADS_ISA is wrong.
     detected: every one this machine can run, best first.
     error: what is wrong with MANYHEADS_ISA, or None.
     matrix_dtypes: those that the processor has a matrix unit for (AMX). PyTorch's attention uses
-        it, these kernels do not.
+        it, the kernels in use do not.
     """
 
     name: str | None

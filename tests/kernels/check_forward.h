@@ -13,8 +13,10 @@ namespace manyheads {
 struct Expected {
   Result<double> oracle;
   std::vector<std::vector<float>> plain_out, plain_lse;  // in several orders of summation
+  Result<double> narrow_oracle;                          // of the inputs rounded to bfloat16
+  std::vector<std::vector<float>> plain_narrow_out;      // in bfloat16, and in float32
 };
-Expected expect_of(const Forward& call);
+Expected expect_of(const Case& made);
 
 // Runs the case's items one by one in a random order, then through the queue on several threads.
 // Says what is wrong with the results; empty if nothing is.

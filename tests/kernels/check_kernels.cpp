@@ -84,7 +84,7 @@ void check_queues() {
 }
 
 void check_case(const std::vector<const Kernels*>& all, const Case& made, uint64_t seed) {
-  const Expected expected = expect_of(made.call);
+  const Expected expected = expect_of(made);
   for (const Kernels* kernels : all) {
     subject = std::string(kernels->name) + ", " + made.name;
     Random random(seed);

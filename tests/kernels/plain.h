@@ -61,16 +61,18 @@ T plain_logit(const Forward& call, int64_t b, int64_t head, int64_t row, int64_t
   return s;
 }
 
-// One row's output and lse. A logit of -inf masks as a mask does.
-template <class T>
-T plain_row(const Forward& call, int64_t b, int64_t head, int64_t row, Order order, T* out) {
+// One row's output and lse. A logit of -inf masks as a mask does. `rounded` is what becomes of each
+// step's results: themselves, unless a half type is meant.
+template <class T, class Rounded>
+T plain_row(const Forward& call, int64_t b, int64_t head, int64_t row, Order order, T* out,
+            const Rounded& rounded) {
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   std::vector<T> logits(size_t(call.Lk), kNone);
   T max = kNone;
   bool nothing = true;
   for (int64_t key = 0; key < call.Lk; ++key) {
     if (!allows(call, b, head, row, key)) continue;
-    logits[size_t(key)] = plain_logit<T>(call, b, head, row, key, order);
+    logits[size_t(key)] = rounded(plain_logit<T>(call, b, head, row, key, order));
     max = std::fmax(max, logits[size_t(key)]);
     nothing &= logits[size_t(key)] == kNone;
   }
@@ -89,22 +91,27 @@ T plain_row(const Forward& call, int64_t b, int64_t head, int64_t row, Order ord
     const T weight = std::exp(logits[size_t(key)] - max);
     sum += weight;
     for (int64_t d = 0; d < call.Dv; ++d)
-      out[d] += weight * T(values[key * call.value_stride[2] + d]);
+      out[d] += rounded(weight) * T(values[key * call.value_stride[2] + d]);
   }
-  for (int64_t d = 0; d < call.Dv; ++d) out[d] /= sum;
+  for (int64_t d = 0; d < call.Dv; ++d) out[d] = rounded(out[d] / sum);
   return max + std::log(sum);
 }
 
-template <class T>
-Result<T> plain_attention(const Forward& call, Order order = Order::ascending) {
+template <class T, class Rounded>
+Result<T> plain_attention(const Forward& call, Order order, const Rounded& rounded) {
   Result<T> result;
   const int64_t rows = call.B * call.Hq * call.Lq;
   result.out.resize(size_t(rows * call.Dv));
   result.lse.resize(size_t(rows));
   for (int64_t i = 0; i < rows; ++i)
-    result.lse[size_t(i)] = plain_row<T>(call, i / (call.Hq * call.Lq), i / call.Lq % call.Hq,
-                                         i % call.Lq, order, &result.out[size_t(i * call.Dv)]);
+    result.lse[size_t(i)] =
+        plain_row<T>(call, i / (call.Hq * call.Lq), i / call.Lq % call.Hq, i % call.Lq, order,
+                     &result.out[size_t(i * call.Dv)], rounded);
   return result;
+}
+template <class T>
+Result<T> plain_attention(const Forward& call, Order order = Order::ascending) {
+  return plain_attention<T>(call, order, [](T x) { return x; });
 }
 
 }  // namespace manyheads

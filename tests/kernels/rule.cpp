@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <limits>
 
 namespace manyheads {
 
 std::string breaks_rule(const std::vector<float>& actual, const std::vector<double>& oracle,
-                        const std::vector<std::vector<float>>& plain, double floor) {
+                        const std::vector<std::vector<float>>& plain, double floor, double eps) {
   double error = 0, plain_error = 0, largest = 0;
   size_t worst = 0;
   for (size_t i = 0; i < oracle.size(); ++i) {
@@ -26,12 +25,11 @@ std::string breaks_rule(const std::vector<float>& actual, const std::vector<doub
       if (std::isfinite(distance)) plain_error = std::max(plain_error, distance);
     }
   }
-  const double eps = double(std::numeric_limits<float>::epsilon());
   const double allowed = 2 * (plain_error + eps * largest) + floor;
   if (error <= allowed) return "";
   char text[200];
   std::snprintf(text, sizeof text,
-                "number %zu: error %.3e is more than the allowed %.3e; plain float32's own: %.3e",
+                "number %zu: error %.3e is more than the allowed %.3e; plain attention's own: %.3e",
                 worst, error, allowed, plain_error);
   return text;
 }

@@ -1,6 +1,6 @@
 // The one numerics rule (DESIGN.md, section 7; tests/tolerance.py), for the tests without torch:
 //
-//   error <= 2 * (error of plain float32 attention + eps * max|oracle|) + floor
+//   error <= 2 * (error of plain attention in the same type + eps * max|oracle|) + floor
 //
 // over all numbers of a result; finite exactly where the oracle is. Not per head, and with the
 // largest error that plain attention has in several orders of summation: a head of these small
@@ -15,6 +15,7 @@ namespace manyheads {
 
 // Says what is wrong with `actual`; empty if nothing is.
 std::string breaks_rule(const std::vector<float>& actual, const std::vector<double>& oracle,
-                        const std::vector<std::vector<float>>& plain, double floor = 0);
+                        const std::vector<std::vector<float>>& plain, double floor = 0,
+                        double eps = 0x1p-23);
 
 }  // namespace manyheads

@@ -1,10 +1,11 @@
-"""Our own kernels: attention and its gradients on the CPU, for AVX-512, AVX2, NEON or plain C++.
+"""Our own kernels: attention and its gradients on the CPU: AMX, AVX-512, AVX2, NEON or plain C++.
 
-float32, bfloat16 and float16; every product and sum is float32. K and V are taken with any strides,
-as long as each row is contiguous: float32 rows that follow each other are read in place, others are
-copied, and widened, a block at a time. Grouped heads share them, masked blocks are skipped, dropout
-is drawn again in the backward pass, and memory beyond inputs and outputs does not grow with
-Lq * Lk, in training neither.
+float32, bfloat16 and float16; every sum is float32, and so is every product but those of bfloat16
+where the processor has instructions for them (AMX, AVX512-BF16), which take weights in bfloat16.
+K and V are taken with any strides, as long as each row is contiguous: float32 rows that follow each
+other are read in place, others are copied, and half types widened or paired, a block at a time.
+Grouped heads share them, masked blocks are skipped, dropout is drawn again in the backward pass,
+and memory beyond inputs and outputs does not grow with Lq * Lk, in training neither.
 
 Second derivatives, which the kernels do not have, are those of definition.py (_autograd.py).
 """
