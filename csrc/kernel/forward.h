@@ -20,6 +20,7 @@ inline bool packs_value(const Forward& call) {
 // The two products in float32, on K and V as they lie in memory where that can be.
 struct Widened {
   using Keys = KeyValue;
+  static constexpr bool kFetchesAhead = true;
   static int64_t query_floats(const Forward& call) { return call.D * kMaxLanes; }
   static void pack(const Forward& call, Tile& tile) { pack_query(call, tile); }
   static int64_t packed_floats(const Forward& call) {
@@ -264,7 +265,8 @@ inline void attend_item(const Forward& call, int64_t index, int64_t likely_next,
 
   for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
     const auto kv = load_block<Products>(call, scratch.work, item.b, item.hkv, key, keys);
-    fetch_ahead<Products>(call, scratch.work, item, key, keys, likely_next);
+    if (Products::kFetchesAhead)
+      fetch_ahead<Products>(call, scratch.work, item, key, keys, likely_next);
     const bool span_ends = (key + kBlock) % kSpan == 0 || key + kBlock >= keys.end;
     for (int i = 0; i < num_tiles; ++i) {
       Tile& tile = scratch.tiles[i];

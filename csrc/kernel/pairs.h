@@ -6,6 +6,7 @@
 //
 // A `Unit` multiplies, beside vec_*.h and the words of pairs_*.h:
 //   kTerms                numbers that it sums in one step
+//   kFetchesAhead         whether it prefetches what work.soon lists
 //   begin_item, end_item  called around each work item
 //   scores<N>, values<N>  as below in VectorUnit
 #pragma once
@@ -138,10 +139,11 @@ template <int N>
 template <class Unit>
 struct Pairs {
   using Keys = PairKeys;
+  static constexpr bool kFetchesAhead = Unit::kFetchesAhead;
   static int64_t query_floats(const Forward& call) { return key_pairs(call) * kMaxLanes; }
   static void pack(const Forward& call, Tile& tile) { pack_query_pairs(call, tile); }
   static int64_t packed_floats(const Forward& call) {
-    return kBlock * key_pairs(call) + round_up(call.Dv, 2 * Vec::kLanes) * kKeyPairs;
+    return kBlock * key_pairs(call) + round_up(call.Dv, Vec::kLanes) * kKeyPairs;
   }
   static Keys load(const Forward& call, const void* k, const void* v, int64_t rows, Slot* slot,
                    bool held, float* packed) {
@@ -176,6 +178,7 @@ struct Pairs {
 // The micro-kernel of product.h, on pairs.
 struct VectorUnit {
   static constexpr int64_t kTerms = 2;
+  static constexpr bool kFetchesAhead = true;
   static void begin_item() {}
   static void end_item() {}
 

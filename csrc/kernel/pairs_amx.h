@@ -59,6 +59,7 @@ template <int N, class Use>
 
 struct TileUnit {
   static constexpr int64_t kTerms = 2 * kLinePairs;
+  static constexpr bool kFetchesAhead = false;  // made no difference
   static void begin_item() { set_up_tiles(); }
   static void end_item() { give_back_tiles(); }
 

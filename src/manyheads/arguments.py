@@ -27,7 +27,7 @@ FARTHEST = 1 << 29
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """As PyTorch's attention under torch.autocast: floating tensors, but for float64, are cast."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
 
