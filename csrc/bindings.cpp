@@ -283,14 +283,15 @@ void fill_without_keys(const Forward& f) {
   std::fill_n(f.row_sum, rows, 0.0f);
 }
 
+constexpr auto parallel_for = [](int64_t first, int64_t last, int64_t grain, const auto& body) {
+  torch::stable::parallel_for(first, last, grain, body);
+};
+
 void run_items(const Kernels& kernels, const Forward& f) {
   const auto prepare = [&](void* shared) { kernels.prepare(f, shared); };
   const auto begin = [&](void* scratch) { kernels.begin(f, scratch); };
   const auto work = [&](int64_t item, int64_t likely_next, void* scratch, void* shared) {
     kernels.forward(f, item, likely_next, scratch, shared);
-  };
-  const auto parallel_for = [](int64_t first, int64_t last, int64_t grain, const auto& body) {
-    torch::stable::parallel_for(first, last, grain, body);
   };
   run_queue(kernels.num_items(f), {kernels.scratch_bytes(f), kernels.shared_bytes(f)},
             torch::stable::get_num_threads(), prepare, begin, work, parallel_for);
@@ -447,27 +448,18 @@ bool should_split_keys(const Kernels& kernels, const Backward& b) {
 
 void run_stages(const Kernels& kernels, Backward& b) {
   b.split_keys = should_split_keys(kernels, b);
-  const auto rounded = [](int64_t bytes) { return (size_t(bytes) + 63) / 64 * 64; };
-  const size_t shared = rounded(kernels.backward_shared_bytes(b));
-  const size_t each = rounded(kernels.backward_scratch_bytes(b));
-  const Scratch memory(shared + each * size_t(torch::stable::get_num_threads()));
+  const size_t shared = whole_lines(kernels.backward_shared_bytes(b));
+  const size_t each = whole_lines(kernels.backward_scratch_bytes(b));
+  const int64_t threads = torch::stable::get_num_threads();
+  const Scratch memory(shared + each * size_t(threads));
   b.shared = memory.data();
   for (const Stage stage : {Stage::start, Stage::rows, Stage::keys, Stage::finish}) {
-    const int64_t items = kernels.num_stage_items(b, stage);
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
-    std::atomic<int64_t> next{0};
-    const auto work = [&](int64_t first, int64_t last) noexcept {
-      for (int64_t worker = first; worker < last; ++worker) {
-        std::byte* const scratch = memory.data() + shared + size_t(worker) * each;
-        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-          kernels.backward(b, stage, item, scratch);
-      }
+    const auto work = [&](int64_t item, int64_t, void* scratch) {
+      kernels.backward(b, stage, item, scratch);
     };
-    if (threads == 1) {
-      work(0, 1);
-    } else {
-      torch::stable::parallel_for(0, threads, 1, work);
-    }
+    share_out(
+        kernels.num_stage_items(b, stage), memory.data() + shared, each, threads, [](void*) {},
+        work, parallel_for);
   }
 }
 

@@ -55,18 +55,18 @@ class Scratch {
 struct Bytes {
   int64_t each, shared;  // memory for each thread, and for all of them
 };
-template <class Prepare, class Begin, class Work, class ParallelFor>
-void run_queue(int64_t items, Bytes bytes, int64_t threads, const Prepare& prepare,
-               const Begin& begin, const Work& work, const ParallelFor& parallel_for) {
+
+// A piece of memory that the next one may follow on a cache line of its own.
+inline size_t whole_lines(int64_t bytes) { return (size_t(bytes) + 63) / 64 * 64; }
+
+// With memory for every thread, `each` bytes apart; `work` gets no shared one here.
+template <class Begin, class Work, class ParallelFor>
+void share_out(int64_t items, std::byte* memory, size_t each, int64_t threads, const Begin& begin,
+               const Work& work, const ParallelFor& parallel_for) {
   if (items <= 0) return;
   threads = std::min(threads, items);
   // Short enough that no thread waits long for the last one.
   const int64_t run = std::clamp<int64_t>(items / (threads * 32), 1, 4);
-  const size_t each = (size_t(bytes.each) + 63) / 64 * 64;
-  const Scratch scratch(each * size_t(threads) + size_t(bytes.shared));
-  std::byte* const memory = scratch.data();
-  std::byte* const shared = memory + each * size_t(threads);
-  prepare(shared);
   std::atomic<int64_t> next{0};
   const auto body = [&](int64_t first, int64_t last) noexcept {
     for (int64_t worker = first; worker < last; ++worker) {
@@ -76,7 +76,7 @@ void run_queue(int64_t items, Bytes bytes, int64_t threads, const Prepare& prepa
         const int64_t end = std::min(start + run, items);
         for (int64_t item = start; item < end; ++item) {
           const int64_t later = item + 1 < end ? item + 1 : item + 1 + (threads - 1) * run;
-          work(item, later < items ? later : -1, mine, shared);
+          work(item, later < items ? later : -1, mine);
         }
       }
     }
@@ -86,6 +86,22 @@ void run_queue(int64_t items, Bytes bytes, int64_t threads, const Prepare& prepa
   } else {
     parallel_for(0, threads, 1, body);
   }
+}
+
+// One call's items, on memory of its own.
+template <class Prepare, class Begin, class Work, class ParallelFor>
+void run_queue(int64_t items, Bytes bytes, int64_t threads, const Prepare& prepare,
+               const Begin& begin, const Work& work, const ParallelFor& parallel_for) {
+  if (items <= 0) return;
+  threads = std::min(threads, items);
+  const size_t each = whole_lines(bytes.each);
+  const Scratch scratch(each * size_t(threads) + size_t(bytes.shared));
+  std::byte* const shared = scratch.data() + each * size_t(threads);
+  prepare(shared);
+  const auto with_shared = [&](int64_t item, int64_t likely_next, void* mine) {
+    work(item, likely_next, mine, shared);
+  };
+  share_out(items, scratch.data(), each, threads, begin, with_shared, parallel_for);
 }
 
 }  // namespace manyheads

@@ -249,10 +249,11 @@ class MultiHeadAttention(nn.Module):
         cache: Any,
         query_start: Any,
     ) -> Tensor:
+        memory = query if key is None else key
         packed = jagged.pack(
             query,
-            query if key is None else key,
-            value if value is not None else query if key is None else key,
+            memory,
+            memory if value is None else value,
             mask,
             "[B, L*, E]",
             attn_bias=attn_bias if isinstance(attn_bias, Tensor) else None,
