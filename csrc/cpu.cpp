@@ -21,7 +21,7 @@ extern const Kernels kKernelsScalar;
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 #if defined(MANYHEADS_BF16)
-extern const Kernels kKernelsAvx512Bf16, kKernelsAmx;
+extern const Kernels kKernelsAvx512Bf16, kKernelsAmx, kKernelsAmxFp16;
 #endif
 #elif defined(__aarch64__)
 extern const Kernels kKernelsNeon;
@@ -54,6 +54,7 @@ struct Isa {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
 #if defined(MANYHEADS_BF16)
+    {kKernelsAmxFp16, kAvx512All | kAvx512Bf16 | kAmxBfloat16 | kAmxFloat16},
     {kKernelsAmx, kAvx512All | kAvx512Bf16 | kAmxBfloat16},
     {kKernelsAvx512Bf16, kAvx512All | kAvx512Bf16 | kFastPairs},
 #endif
@@ -187,9 +188,11 @@ const char* detected_isas() {
 
 const char* matrix_unit_types() {
   const Kernels* const chosen = choose_kernels().kernels;
-  const bool both_use_it = chosen && std::strcmp(chosen->name, "amx") == 0;
-  if (features() & kAmxFloat16) return both_use_it ? "float16" : "bfloat16 float16";
-  return (features() & kAmxBfloat16) && !both_use_it ? "bfloat16" : "";
+  const auto is = [&](const char* name) { return chosen && !std::strcmp(chosen->name, name); };
+  if (is("amx_fp16")) return "";
+  const bool bfloat16 = (features() & kAmxBfloat16) && !is("amx");
+  if (features() & kAmxFloat16) return bfloat16 ? "bfloat16 float16" : "float16";
+  return bfloat16 ? "bfloat16" : "";
 }
 
 }  // namespace manyheads

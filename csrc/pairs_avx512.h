@@ -1,7 +1,9 @@
-// Pairs of bfloat16 for AVX512-BF16, beside Vec for AVX-512: the words of the products in
-// kernel/pairs.h. Subnormal numbers count as zero in these products, and so do subnormal results.
+// Pairs of half-precision numbers, beside Vec for AVX-512: the words of the products in
+// kernel/pairs.h. In products of bfloat16 subnormal numbers count as zero, and so do subnormal
+// results.
 #pragma once
 
+#include "attention.h"
 #include "vec_avx512.h"
 
 namespace {
@@ -24,7 +26,7 @@ inline VecPairs no_pairs() { return {_mm512_setzero_si512()}; }
 inline VecPairs set(Pair x) {
   return {_mm512_set1_epi32(int32_t(uint32_t(x.second) << 16 | x.first))};
 }
-// c + a.first * b.first + a.second * b.second
+// c + a.first * b.first + a.second * b.second, in bfloat16
 inline Vec fma(VecPairs a, VecPairs b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
@@ -33,13 +35,47 @@ inline Vec fma(VecPairs a, VecPairs b, Vec c) {
 inline VecPairs operator-(VecPairs x) {
   return {_mm512_xor_si512(x.v, _mm512_set1_epi32(int32_t(0x80008000)))};
 }
+
+// What a half type is: its exponent's bits, its rounding, to the nearest with ties to even and NaN
+// to NaN, and the factor that keeps the weights, at most 1, in its range of full precision.
+struct Bfloat16 {
+  static constexpr manyheads::Type kType = manyheads::Type::bfloat16;
+  static constexpr uint16_t kExponent = 0x7f80;
+  static constexpr float kWeightScale = 1;
+  static __m512i round(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v); }
+  static float widen(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+struct Float16 {
+  static constexpr manyheads::Type kType = manyheads::Type::float16;
+  static constexpr uint16_t kExponent = 0x7c00;
+  static constexpr float kWeightScale = 1 << 15;
+  static __m512i round(Vec low, Vec high) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low.v, kNearest)),
+                              _mm512_cvtps_ph(high.v, kNearest), 1);
+  }
+  static float widen(uint16_t half) {
+    return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(int16_t(half))));
+  }
+};
+
+template <class Half>
 inline __mmask32 are_finite(VecPairs x) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  const __m512i exponent = _mm512_set1_epi16(Half::kExponent);
   return _mm512_cmpneq_epi16_mask(_mm512_and_si512(x.v, exponent), exponent);
 }
-inline bool all_finite(VecPairs x) { return are_finite(x) == 0xffffffff; }
+template <class Half>
+inline bool all_finite(VecPairs x) {
+  return are_finite<Half>(x) == 0xffffffff;
+}
+template <class Half>
 inline VecPairs only_finite(VecPairs x) {  // inf and NaN become 0
-  return {_mm512_maskz_mov_epi16(are_finite(x), x.v)};
+  return {_mm512_maskz_mov_epi16(are_finite<Half>(x), x.v)};
 }
 
 // Lane i: number i of the lower and of the upper half.
@@ -56,9 +92,9 @@ inline VecPairs zip(const uint16_t* first, const uint16_t* second, int64_t n) {
   const __m256i high = _mm256_maskz_loadu_epi16(second ? real : 0, second);
   return zip_halves(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
-// Rounded to the nearest, ties to even; NaN stays NaN.
+template <class Half>
 inline VecPairs zip(Vec first, Vec second) {
-  return zip_halves((__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+  return zip_halves(Half::round(first, second));
 }
 
 inline void transpose(VecPairs (&rows)[16]) {  // words are moved, whatever they mean

@@ -2,7 +2,7 @@
 // instructions, since the compiler's own functions for loads do not say that they read memory.
 #pragma once
 
-#include <cstdint>
+#include "pairs_avx512.h"
 
 namespace {
 
@@ -28,10 +28,16 @@ template <int T>
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(T)
                    : "memory");
 }
-// C[row][lane] += sum over pairs p of A[row][p] . B[p][lane], A and B of bfloat16
+// C[row][lane] += sum over pairs p of A[row][p] . B[p][lane]
 template <int C, int A, int B>
-[[gnu::always_inline]] inline void multiply_tiles() {
+[[gnu::always_inline]] inline void multiply_tiles(Bfloat16) {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+// tdpfp16ps, in bytes: assemblers older than the instruction do not know it.
+template <int C, int A, int B>
+[[gnu::always_inline]] inline void multiply_tiles(Float16) {
+  constexpr int kVex = 0x03 | (~B & 15) << 3, kModRm = 0xc0 | C << 3 | A;
+  __asm__ volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" ::"i"(kVex), "i"(kModRm));
 }
 
 // Tiles belong to the thread, and other code on it may use them in its own shapes: they are set up

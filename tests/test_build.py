@@ -30,9 +30,14 @@ def isa_flags() -> dict[str, list[str]]:
     """The flags CMakeLists.txt gives each file of kernels that this machine's compiler takes."""
     text = (ROOT / "CMakeLists.txt").read_text()
     pattern = (
-        r'set_source_files_properties\((csrc/isa_\w+\.cpp) PROPERTIES COMPILE_OPTIONS\s+"(.*?)"'
+        r"set_source_files_properties\(((?:csrc/isa_\w+\.cpp ?)+) "
+        r'PROPERTIES COMPILE_OPTIONS\s+"(.*?)"'
     )
-    flags = {name: options.split(";") for name, options in re.findall(pattern, text)}
+    flags = {
+        name: options.split(";")
+        for names, options in re.findall(pattern, text)
+        for name in names.split()
+    }
     without_flags = {"csrc/isa_scalar.cpp", "csrc/isa_neon.cpp"}
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("isa_*.cpp")}
     assert set(flags) | without_flags == files
@@ -58,7 +63,8 @@ def test_isa_files_share_nothing_with_the_rest(name: str, tmp_path: Path) -> Non
     assert not weak, weak
     defined = [symbol for kind, symbol in table if kind.isupper() and kind != "U"]
     assert len(defined) == 1, defined
-    assert re.fullmatch(r"manyheads::kKernels(Scalar|Avx2|Avx512|Avx512Bf16|Amx|Neon)", defined[0])
+    isas = "Scalar|Avx2|Avx512|Avx512Bf16|Amx|AmxFp16|Neon"
+    assert re.fullmatch(rf"manyheads::kKernels({isas})", defined[0])
     used = [symbol for kind, symbol in table if kind == "U"]
     assert not [symbol for symbol in used if "std::" in symbol], used
 

@@ -122,6 +122,13 @@ def assert_derived_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-5 * largest)
 
 
+def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
+    """One result, computed twice in different orders: within 2 eps(dtype) of the largest entry."""
+    assert actual.dtype == expected.dtype
+    atol = 2 * torch.finfo(expected.dtype).eps * _largest(expected)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=atol)
+
+
 def assert_close_to_onnx(actual: Tensor, expected: Tensor) -> None:
     """The tolerance ONNX's own backend tests use; half types get room for another order of sums."""
     assert actual.dtype == expected.dtype

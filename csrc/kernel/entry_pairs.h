@@ -1,6 +1,6 @@
-// What the table of an ISA with instructions for pairs of bfloat16 points at, beside entry.h: those
-// are for bfloat16 only, and decoding has no use for them, since reading K and V is all of its
-// time.
+// What the table of an ISA with instructions for pairs of half-precision numbers points at, beside
+// entry.h. Each of its `Units` (pairs.h) is for one type. Decoding has no use for them, since
+// reading K and V is all of its time.
 #pragma once
 
 #include "entry.h"
@@ -8,27 +8,40 @@
 
 namespace {
 
-inline bool uses_pairs(const Forward& call) {
-  return call.type == Type::bfloat16 && !decodes(call);
+template <class Unit>
+inline bool multiplies(const Forward& call) {
+  return call.type == Unit::Half::kType && !decodes(call);
 }
 
-template <class Unit>
+template <class... Units>
 int64_t pair_scratch_bytes(const Forward& call) {
-  return uses_pairs(call) ? lay_out<Pairs<Unit>>(call, nullptr).bytes : scratch_bytes(call);
+  int64_t bytes = 0;
+  const bool found =
+      ((multiplies<Units>(call) && (bytes = lay_out<Pairs<Units>>(call, nullptr).bytes)) || ...);
+  return found ? bytes : scratch_bytes(call);
 }
 
-template <class Unit>
+template <class... Units>
 void pair_begin(const Forward& call, void* scratch) {
-  uses_pairs(call) ? forget_slots<Pairs<Unit>>(call, scratch) : begin(call, scratch);
+  const bool found =
+      ((multiplies<Units>(call) && (forget_slots<Pairs<Units>>(call, scratch), true)) || ...);
+  if (!found) begin(call, scratch);
 }
 
 template <class Unit>
-void pair_forward(const Forward& call, int64_t item, int64_t likely_next, void* scratch,
-                  void* shared) {
-  if (!uses_pairs(call)) return forward(call, item, likely_next, scratch, shared);
+void attend_item_with(const Forward& call, int64_t item, int64_t likely_next, void* scratch) {
   Unit::begin_item();
   attend_item<Pairs<Unit>>(call, item, likely_next, scratch);
   Unit::end_item();
+}
+
+template <class... Units>
+void pair_forward(const Forward& call, int64_t item, int64_t likely_next, void* scratch,
+                  void* shared) {
+  const bool found = ((multiplies<Units>(call) &&
+                       (attend_item_with<Units>(call, item, likely_next, scratch), true)) ||
+                      ...);
+  if (!found) forward(call, item, likely_next, scratch, shared);
 }
 
 }  // namespace

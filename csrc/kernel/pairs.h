@@ -1,10 +1,11 @@
-// The two products in bfloat16, on instructions that multiply pairs of numbers and add them to a
+// The two products in a half type, on instructions that multiply pairs of numbers and add them to a
 // float32 sum. Numbers lie in pairs along whatever is summed: D for the scores, keys for the
 // values. Q and K are such rows by nature; V is packed as its transpose, once per block, and the
-// weights are rounded to bfloat16. All else, the softmax and its sums above all, is that of
+// weights are rounded to the type. All else, the softmax and its sums above all, is that of
 // attend.h in float32.
 //
 // A `Unit` multiplies, beside vec_*.h and the words of pairs_*.h:
+//   Half                  the type, of pairs_*.h
 //   kTerms                numbers that it sums in one step
 //   kFetchesAhead         whether it prefetches what work.soon lists
 //   begin_item, end_item  called around each work item
@@ -40,6 +41,7 @@ inline void pack_pairs(const uint16_t* from, int64_t stride, int64_t rows, int64
 
 // [Dv][kKeyPairs] of V's rows, with zeros for keys that there are not, and for inf and NaN. Whether
 // there were none of those.
+template <class Half>
 inline bool pack_columns(const uint16_t* from, int64_t stride, int64_t rows, int64_t width,
                          Pair* to) {
   constexpr int64_t W = Vec::kLanes;
@@ -53,10 +55,10 @@ inline bool pack_columns(const uint16_t* from, int64_t stride, int64_t rows, int
         const uint16_t* p = from + row * stride + d;
         words[i] = row < rows ? zip(p, row + 1 < rows ? p + stride : nullptr, minimum(W, width - d))
                               : no_pairs();
-        fine &= all_finite(words[i]);
+        fine &= all_finite<Half>(words[i]);
       }
       if (!fine)
-        for (VecPairs& word : words) word = only_finite(word);
+        for (VecPairs& word : words) word = only_finite<Half>(word);
       finite &= fine;
       transpose(words);
       for (int64_t i = 0; i < W; ++i) store(to + (d + i) * kKeyPairs + key / 2, words[i]);
@@ -86,43 +88,41 @@ inline void pack_query_pairs(const Forward& call, Tile& tile) {
   }
 }
 
-// The block's weights as pairs of neighbouring keys, [kKeyPairs][lanes], in place; keys [begin,
-// end) of the product, even numbers, may reach beyond the block's rows, where the weights are 0.
-template <int N>
+// The block's weights, times kWeightScale, as pairs of neighbouring keys, [kKeyPairs][lanes], in
+// place; keys [begin, end) of the product, even numbers, may reach beyond the block's rows, where
+// the weights are 0.
+template <int N, class Half>
 [[gnu::noinline]] void narrow_weights(const Block& block, int64_t begin, int64_t end,
                                       float* scores) {
   constexpr int W = Vec::kLanes, L = N * W;
   Pair* const pairs = reinterpret_cast<Pair*>(scores);
-  const auto either_or_zero = [&](int64_t row, int n) {
-    return row >= block.begin && row < block.end ? load(scores + row * L + n * W) : zero();
+  const auto weight = [&](int64_t row, int n) {
+    const Vec x = load(scores + row * L + n * W);
+    return Half::kWeightScale == 1 ? x : x * set(Half::kWeightScale);
+  };
+  const auto weight_or_zero = [&](int64_t row, int n) {
+    return row >= block.begin && row < block.end ? weight(row, n) : zero();
   };
   const auto at_edge = [&](int64_t row) {
     for (int n = 0; n < N; ++n)
-      store(pairs + row / 2 * L + n * W, zip(either_or_zero(row, n), either_or_zero(row + 1, n)));
+      store(pairs + row / 2 * L + n * W,
+            zip<Half>(weight_or_zero(row, n), weight_or_zero(row + 1, n)));
   };
   int64_t row = begin;
   for (; row < block.begin; row += 2) at_edge(row);
   for (; row + 2 <= block.end; row += 2)
 #pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) {
-      const float* p = scores + row * L + n * W;
-      store(pairs + row / 2 * L + n * W, zip(load(p), load(p + L)));
-    }
+    for (int n = 0; n < N; ++n)
+      store(pairs + row / 2 * L + n * W, zip<Half>(weight(row, n), weight(row + 1, n)));
   for (; row < end; row += 2) at_edge(row);
 }
 
 // What inf and NaN in V, which the packed copy lacks, add to rows of `out`. Rare and slow.
-template <int N>
+template <int N, class Half>
 [[gnu::noinline]] void add_not_finite(const Forward& call, const Block& block, const PairKeys& kv,
                                       const Pair* weights, float* out) {
   constexpr int L = N * Vec::kLanes;
-  const auto widened = [](uint16_t half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-  };
-  constexpr uint16_t kExponent = 0x7f80, kMasked = 0x8000;  // -0: see weigh_scores
+  constexpr uint16_t kExponent = Half::kExponent, kMasked = 0x8000;  // -0: see weigh_scores
   for (int64_t row = block.begin; row < block.end; ++row) {
     for (int64_t d = 0; d < call.Dv; ++d) {
       const uint16_t v = kv.value_rows[row * kv.value_stride + d];
@@ -130,7 +130,7 @@ template <int N>
       for (int64_t lane = 0; lane < L; ++lane) {
         const Pair pair = weights[row / 2 * L + lane];
         const uint16_t weight = row % 2 ? pair.second : pair.first;
-        if (weight != kMasked) out[d * L + lane] += widened(v) * widened(weight);
+        if (weight != kMasked) out[d * L + lane] += Half::widen(v) * Half::widen(weight);
       }
     }
   }
@@ -138,6 +138,7 @@ template <int N>
 
 template <class Unit>
 struct Pairs {
+  using Half = typename Unit::Half;
   using Keys = PairKeys;
   static constexpr bool kFetchesAhead = Unit::kFetchesAhead;
   static int64_t query_floats(const Forward& call) { return key_pairs(call) * kMaxLanes; }
@@ -153,7 +154,7 @@ struct Pairs {
     const int64_t value_stride = call.value_stride[2];
     if (!held) {
       pack_pairs(static_cast<const uint16_t*>(k), call.key_stride[2], rows, call.D, key);
-      slot->finite = pack_columns(value_rows, value_stride, rows, call.Dv, value);
+      slot->finite = pack_columns<Half>(value_rows, value_stride, rows, call.Dv, value);
     }
     return {key, value, value_rows, value_stride, slot->finite};
   }
@@ -168,15 +169,16 @@ struct Pairs {
                          const Block& block, AddToOut<N> add) {
     const int64_t begin = block.begin / Unit::kTerms * Unit::kTerms;
     const int64_t end = round_up(block.end, Unit::kTerms);
-    narrow_weights<N>(block, begin, end, work.scores);
+    narrow_weights<N, Half>(block, begin, end, work.scores);
     const Pair* const weights = reinterpret_cast<const Pair*>(work.scores);
     Unit::template values<N>(call, work, kv, weights, begin, end, add);
-    if (!kv.finite) add_not_finite<N>(call, block, kv, weights, add.out);
+    if (!kv.finite) add_not_finite<N, Half>(call, block, kv, weights, add.out);
   }
 };
 
 // The micro-kernel of product.h, on pairs.
 struct VectorUnit {
+  using Half = Bfloat16;
   static constexpr int64_t kTerms = 2;
   static constexpr bool kFetchesAhead = true;
   static void begin_item() {}

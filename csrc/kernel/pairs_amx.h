@@ -17,7 +17,7 @@ constexpr int kSums = kSet ? N : 0;
 
 // The sums of 16 rows of `a` [rows][a_pairs] with `b` [pairs][lanes] into set kSet; the other set
 // goes to `previous` [16][lanes] unless that is null.
-template <int N, int kSet>
+template <class Half, int N, int kSet>
 [[gnu::always_inline]] inline void sum_tiles(const Pair* a, int64_t a_pairs, const Pair* b,
                                              int64_t pairs, float* previous) {
   constexpr int W = Vec::kLanes;
@@ -28,7 +28,7 @@ template <int N, int kSet>
     for_tiles<0, N>([&](auto n) noexcept {
       constexpr int i = decltype(n)::value;
       load_tile<kLaneTile>(b + p * (N * W) + i * W, kStride);
-      multiply_tiles<kSums<N, kSet> + i, kRowTile, kLaneTile>();
+      multiply_tiles<kSums<N, kSet> + i, kRowTile, kLaneTile>(Half{});
       if (previous && p == 0) store_tile<kSums<N, !kSet> + i>(previous + i * W, kStride);
     });
   }
@@ -36,7 +36,7 @@ template <int N, int kSet>
 
 // As many times 16 rows as there are `groups`; use(i, c) when the sums c [16][lanes] of group i are
 // in memory, at sums + (i & ring) * 16 * lanes.
-template <int N, class Use>
+template <class Half, int N, class Use>
 [[gnu::always_inline]] inline void multiply_groups(const Pair* a, int64_t a_pairs, const Pair* b,
                                                    int64_t pairs, int64_t groups, float* sums,
                                                    int64_t ring, Use use) {
@@ -44,8 +44,8 @@ template <int N, class Use>
   const auto at = [&](int64_t i) noexcept { return sums + (i & ring) * kFloats; };
   for (int64_t i = 0; i < groups; ++i, a += kTileRows * a_pairs) {
     float* const previous = i ? at(i - 1) : nullptr;
-    i % 2 ? sum_tiles<N, 1>(a, a_pairs, b, pairs, previous)
-          : sum_tiles<N, 0>(a, a_pairs, b, pairs, previous);
+    i % 2 ? sum_tiles<Half, N, 1>(a, a_pairs, b, pairs, previous)
+          : sum_tiles<Half, N, 0>(a, a_pairs, b, pairs, previous);
     if (i) use(i - 1, previous);
   }
   const int64_t last = groups - 1;
@@ -57,7 +57,9 @@ template <int N, class Use>
   use(last, at(last));
 }
 
+template <class HalfType>
 struct TileUnit {
+  using Half = HalfType;
   static constexpr int64_t kTerms = 2 * kLinePairs;
   static constexpr bool kFetchesAhead = false;  // made no difference
   static void begin_item() { set_up_tiles(); }
@@ -71,14 +73,15 @@ struct TileUnit {
     Vec largest[N];
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) largest[n] = running_max ? load(running_max + n * W) : zero();
-    multiply_groups<N>(kv.key + first * pairs, pairs, reinterpret_cast<const Pair*>(tile.query),
-                       pairs, (block.end - first + kTileRows - 1) / kTileRows,
-                       work.scores + first * (N * W), -1, [&](int64_t i, const float*) noexcept {
-                         const int64_t row = first + i * kTileRows;
-                         if (running_max)
-                           take_max<N>(work, maximum(row, block.begin),
-                                       minimum(row + kTileRows, block.end), largest);
-                       });
+    multiply_groups<Half, N>(
+        kv.key + first * pairs, pairs, reinterpret_cast<const Pair*>(tile.query), pairs,
+        (block.end - first + kTileRows - 1) / kTileRows, work.scores + first * (N * W), -1,
+        [&](int64_t i, const float*) noexcept {
+          const int64_t row = first + i * kTileRows;
+          if (running_max)
+            take_max<N>(work, maximum(row, block.begin), minimum(row + kTileRows, block.end),
+                        largest);
+        });
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n)
       if (running_max) store(running_max + n * W, largest[n]);
@@ -89,20 +92,22 @@ struct TileUnit {
                      int64_t begin, int64_t end, AddToOut<N> add) {
     constexpr int W = Vec::kLanes, L = N * W;
     alignas(64) float sums[2 * kTileRows * L];
+    const Vec unscale = set(1 / Half::kWeightScale);
     Vec factor[N];
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) factor[n] = load(add.factor + n * W);
-    multiply_groups<N>(kv.value + begin / 2, kKeyPairs, weights + begin / 2 * L, (end - begin) / 2,
-                       (call.Dv + kTileRows - 1) / kTileRows, sums, 1,
-                       [&](int64_t group, const float* c) noexcept {
-                         const int64_t first = group * kTileRows;
-                         float* to = add.out + first * L;
-                         const int64_t rows = minimum(kTileRows, call.Dv - first);
-                         for (int64_t row = 0; row < rows; ++row, to += L, c += L)
+    multiply_groups<Half, N>(
+        kv.value + begin / 2, kKeyPairs, weights + begin / 2 * L, (end - begin) / 2,
+        (call.Dv + kTileRows - 1) / kTileRows, sums, 1,
+        [&](int64_t group, const float* c) noexcept {
+          const int64_t first = group * kTileRows;
+          float* to = add.out + first * L;
+          const int64_t rows = minimum(kTileRows, call.Dv - first);
+          for (int64_t row = 0; row < rows; ++row, to += L, c += L)
 #pragma GCC unroll 3
-                           for (int n = 0; n < N; ++n)
-                             store(to + n * W, fma(load(to + n * W), factor[n], load(c + n * W)));
-                       });
+            for (int n = 0; n < N; ++n)
+              store(to + n * W, fma(load(to + n * W), factor[n], load(c + n * W) * unscale));
+        });
   }
 };
 

@@ -31,8 +31,8 @@ _LIBRARY_NAME = "libmanyheads.so"
 class CpuKernels(NamedTuple):
     """Which kernels this process uses.
 
-    name: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "scalar"; None if there is no library
-        or MANYHEADS_ISA is wrong.
+    name: "amx_fp16", "amx", "avx512_bf16", "avx512", "avx2", "neon" or "scalar"; None if there is
+        no library or MANYHEADS_ISA is wrong.
     detected: every one this machine can run, best first.
     error: what is wrong with MANYHEADS_ISA, or None.
     matrix_dtypes: those that the processor has a matrix unit for (AMX). PyTorch's attention uses

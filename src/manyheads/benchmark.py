@@ -28,7 +28,7 @@ from manyheads.masks import Causal, Mask, Window
 QUIET_LIMIT = 0.05
 
 #: A pair counts as undisturbed while the machine's limit stands above this share of its best.
-QUIET_SHARE = 0.9
+QUIET_SHARE = 0.95
 
 #: One sample lasts at least this long; shorter calls are repeated inside it.
 SHORTEST_SAMPLE_SECONDS = 0.02
@@ -109,9 +109,9 @@ def compare(
 
     check: called with both results, raises if they differ; default `check_close`.
     limit: measures what the machine can do at best (work a second), just before and after our side
-        of each pair; the two are averaged. With it, pairs during which it stood below 90 % of the
-        best seen, or the peer took over 1.1 times its shortest, are left out: whether a pair counts
-        never depends on our own time.
+        of each pair; the two are averaged. With it, pairs during which it stood below 95 % of the
+        best seen, or the peer took over 1.05 times its shortest, are left out: whether a pair
+        counts never depends on our own time.
     patience: seconds to go on for, at most, until there are `pairs` such pairs.
 
     >>> x = torch.ones(64)

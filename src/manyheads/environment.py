@@ -15,8 +15,8 @@ from manyheads import _ops
 class Info:
     """The versions and the hardware behind manyheads' answers; `str()` makes a readable report.
 
-    isa: the kernels in use, "amx", "avx512_bf16", "avx512", "avx2", "neon" or "scalar"; None if
-        there are none. The first two are "avx512" with other products for bfloat16.
+    isa: the kernels in use, "amx_fp16", "amx", "avx512_bf16", "avx512", "avx2", "neon" or "scalar";
+        None if there are none. The first three are "avx512" with other products for half types.
     available_isas: those this machine can run, best first; MANYHEADS_ISA chooses a later one.
     threads: how many the kernels use, which is torch.get_num_threads().
     native_error: why the native backend is not available, or None if it is.

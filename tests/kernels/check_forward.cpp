@@ -205,16 +205,24 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 Expected expect_of(const Case& made) {
   const Forward& call = made.call;
-  const HalfCase pair(made, Type::bfloat16);
-  const auto round = [](float x) { return widened(Type::bfloat16, narrowed(Type::bfloat16, x)); };
-  Expected expected{plain_attention<double>(call), {}, {}, plain_attention<double>(pair.wide), {}};
-  for (const Order order : {Order::ascending, Order::descending, Order::odd_first}) {
+  Expected expected;
+  expected.oracle = plain_attention<double>(call);
+  constexpr Order kOrders[] = {Order::ascending, Order::descending, Order::odd_first};
+  for (const Order order : kOrders) {
     Result<float> plain = plain_attention<float>(call, order);
     expected.plain_out.push_back(std::move(plain.out));
     expected.plain_lse.push_back(std::move(plain.lse));
+  }
+  for (const Type type : {Type::bfloat16, Type::float16}) {
+    const HalfCase pair(made, type);
+    const auto round = [&](float x) { return widened(type, narrowed(type, x)); };
+    Narrow& narrow = type == Type::bfloat16 ? expected.bfloat16 : expected.float16;
+    narrow.oracle = plain_attention<double>(pair.wide);
     // Logits of 10^8 (ALiBi, unbounded positions) are beyond float32, however they are rounded.
-    expected.plain_narrow_out.push_back(plain_attention<float>(pair.wide, order, round).out);
-    expected.plain_narrow_out.push_back(plain_attention<float>(pair.wide, order).out);
+    for (const Order order : kOrders) {
+      narrow.plain_out.push_back(plain_attention<float>(pair.wide, order, round).out);
+      narrow.plain_out.push_back(plain_attention<float>(pair.wide, order).out);
+    }
   }
   return expected;
 }
@@ -223,7 +231,8 @@ namespace {
 
 bool rounds_weights(const Kernels& kernels, Type type) {
   const std::string name = kernels.name;
-  return type == Type::bfloat16 && (name == "amx" || name == "avx512_bf16");
+  if (type == Type::float16) return name == "amx_fp16";
+  return name == "amx_fp16" || name == "amx" || name == "avx512_bf16";
 }
 
 // Kernels that widen compute in float32 and round once; others are held to the rule.
@@ -234,12 +243,14 @@ std::string check_half(const Kernels& kernels, const Case& made, Type type,
   run_in_random_order(kernels, pair.half, random);
   if (rounds_weights(kernels, type)) {
     const std::vector<uint16_t> alone(out.begin(), out.end());
-    const std::string wrong = breaks_rule(pair.results(), expected.narrow_oracle.out,
-                                          expected.plain_narrow_out, 0, 0x1p-7);
-    if (!wrong.empty()) return "bfloat16: " + wrong;
+    const bool brain = type == Type::bfloat16;
+    const Narrow& narrow = brain ? expected.bfloat16 : expected.float16;
+    const std::string name = brain ? "bfloat16: " : "float16: ";
+    const std::string wrong = breaks_rule(pair.results(), narrow.oracle.out, narrow.plain_out, 0,
+                                          brain ? 0x1p-7 : 0x1p-10);
+    if (!wrong.empty()) return name + wrong;
     run_on_threads(kernels, pair.half, random.integer(1, 4));
-    return std::equal(out.begin(), out.end(), alone.begin()) ? ""
-                                                             : "bfloat16: other bits on threads";
+    return std::equal(out.begin(), out.end(), alone.begin()) ? "" : name + "other bits on threads";
   }
   run_in_random_order(kernels, pair.wide, random);
   for (int64_t i = 0; i < pair.floats.back().size(); ++i) {

@@ -9,12 +9,17 @@
 
 namespace manyheads {
 
+// The same for the inputs rounded to a half type.
+struct Narrow {
+  Result<double> oracle;
+  std::vector<std::vector<float>> plain_out;  // in that type, and in float32
+};
+
 // What the kernels are held to; the same for each of them.
 struct Expected {
   Result<double> oracle;
   std::vector<std::vector<float>> plain_out, plain_lse;  // in several orders of summation
-  Result<double> narrow_oracle;                          // of the inputs rounded to bfloat16
-  std::vector<std::vector<float>> plain_narrow_out;      // in bfloat16, and in float32
+  Narrow bfloat16, float16;
 };
 Expected expect_of(const Case& made);
 

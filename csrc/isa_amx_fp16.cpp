@@ -1,0 +1,23 @@
+// clang-format off: the vectors come first, the kernels are written over them
+#include "pairs_avx512.h"
+#include "kernel/entry_pairs.h"
+#include "kernel/pairs_amx.h"
+// clang-format on
+
+namespace manyheads {
+extern const Kernels kKernelsAmxFp16;
+const Kernels kKernelsAmxFp16{"amx_fp16",
+                              num_items,
+                              pair_scratch_bytes<TileUnit<Bfloat16>, TileUnit<Float16>>,
+                              shared_bytes,
+                              prepare,
+                              pair_begin<TileUnit<Bfloat16>, TileUnit<Float16>>,
+                              pair_forward<TileUnit<Bfloat16>, TileUnit<Float16>>,
+                              backward_shared_bytes,
+                              partial_bytes,
+                              backward_scratch_bytes,
+                              num_stage_items,
+                              backward,
+                              kFlopsPerStep,
+                              multiply_add};
+}  // namespace manyheads
