@@ -14,6 +14,7 @@ out of the products and put back, entry by entry, for the queries that do attend
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,44 +22,86 @@ from torch import Tensor
 from manyheads.spec import AttentionCall
 
 
+class Softmax(NamedTuple):
+    """The softmax over each row's keys and its sink.
+
+    weights: [B, Hq, Lq, Lk]; a row that may attend to nothing is zeros.
+    top, total: [B, Hq, Lq, 1], the row's largest logit, sink included, and the sum of the
+        exponentials of all logits less that one; meaningless for a row of nothing, but finite.
+    nothing: bool [B, Hq, Lq, 1], those rows.
+    """
+
+    weights: Tensor
+    top: Tensor
+    total: Tensor
+    nothing: Tensor
+
+    @property
+    def lse(self) -> Tensor:
+        """log(sum(exp(logits))), [B, Hq, Lq]; -inf where a row may attend to nothing."""
+        return (self.top + self.total.log()).masked_fill(self.nothing, -math.inf).squeeze(-1)
+
+
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Returns out [B, Hq, Lq, Dv] in the call's dtype, and lse [B, Hq, Lq] or None.
 
     lse is float32, or float64 for a float64 call.
     """
-    dtype = call.query.dtype
-    accumulate = dtype if dtype == torch.float64 else torch.float32
-    query, key, value = (x.to(accumulate) for x in (call.query, call.key, call.value))
-    allowed = None
-    if call.plan.kind != "full":
-        allowed = call.plan.materialize(call.geometry, call.positions)
-        query = query.where(allowed.any(-1, keepdim=True), 0.0)
-
-    scores = _scores(call, query, key, allowed)
-    if call.geometry.k_len:
-        top = scores.detach().amax(-1, keepdim=True)
-    else:
-        top = scores.new_full((*scores.shape[:-1], 1), -math.inf)
-    nothing = top == -math.inf
-    # A row with no key keeps its -inf scores and gets exp(-inf - 0) = 0, in backward too.
-    top = top.masked_fill(nothing, 0.0)
-    if call.sinks is not None:
-        sinks = call.sinks.to(accumulate)[:, None, None]
-        top = torch.maximum(top, sinks.detach())
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    if call.sinks is not None:
-        total = total + torch.exp(sinks - top)
-    total = total.masked_fill(nothing, 1.0)
-    weights = weights / total
+    allowed = _allowed(call)
+    softmax = softmax_of(call, logits_of(call, allowed))
+    weights = softmax.weights
     if call.dropout_factors is not None:
         weights = weights * call.dropout_factors
     elif call.dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, call.dropout_p)
-    out = _weighted_values(weights, value, allowed).to(dtype)
-    if not call.needs_lse:
-        return out, None
-    return out, (top + total.log()).masked_fill(nothing, -math.inf).squeeze(-1)
+    value = call.value.to(_accumulate(call))
+    out = _weighted_values(weights, value, allowed).to(call.query.dtype)
+    return out, softmax.lse if call.needs_lse else None
+
+
+def logits_of(call: AttentionCall, allowed: Tensor | None = None) -> Tensor:
+    """[B, Hq, Lq, Lk]: scores after scale, softcap, bias and mask, -inf for a masked pair.
+
+    float32, or float64 for a float64 call. allowed: of the call's plan, if it is there already.
+    """
+    query, key = (x.to(_accumulate(call)) for x in (call.query, call.key))
+    if allowed is None:
+        allowed = _allowed(call)
+    if allowed is not None:
+        query = query.where(allowed.any(-1, keepdim=True), 0.0)
+    return _scores(call, query, key, allowed)
+
+
+def softmax_of(call: AttentionCall, logits: Tensor) -> Softmax:
+    """The softmax of logits [B, Hq, Lq, Lk], in which the call's sinks take part."""
+    if call.geometry.k_len:
+        top = logits.detach().amax(-1, keepdim=True)
+    else:
+        top = logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    nothing = top == -math.inf
+    # A row with no key keeps its -inf logits and gets exp(-inf - 0) = 0, in backward too.
+    top = top.masked_fill(nothing, 0.0)
+    if call.sinks is not None:
+        sinks = call.sinks.to(logits.dtype)[:, None, None]
+        top = torch.maximum(top, sinks.detach())
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    if call.sinks is not None:
+        total = total + torch.exp(sinks - top)
+    total = total.masked_fill(nothing, 1.0)
+    return Softmax(weights / total, top, total, nothing)
+
+
+def _accumulate(call: AttentionCall) -> torch.dtype:
+    dtype = call.query.dtype
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _allowed(call: AttentionCall) -> Tensor | None:
+    """bool, broadcastable to [B, Hq, Lq, Lk]; None where all is allowed."""
+    if call.plan.kind == "full":
+        return None
+    return call.plan.materialize(call.geometry, call.positions)
 
 
 def _scores(call: AttentionCall, query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:

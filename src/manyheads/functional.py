@@ -142,7 +142,7 @@ def attention(
             scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
             return_lse=return_lse, backend=backend, strict=strict,
         )  # fmt: skip
-    call, fields, unbatched = _prepare(
+    call, fields, unbatched = prepare(
         query,
         key,
         value,
@@ -199,7 +199,7 @@ def explain(
     if jagged.any_nested(query, key, value):
         packed = _pack(query, key, value, mask, attn_bias, query_start)
         query, key, value, mask = packed.query, packed.key, packed.value, packed.mask
-    call, fields, _ = _prepare(
+    call, fields, _ = prepare(
         query,
         key,
         value,
@@ -243,7 +243,7 @@ def _pack(
     )
 
 
-def _prepare(
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,

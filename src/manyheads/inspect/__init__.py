@@ -1,0 +1,35 @@
+"""Looking at what heads attend to, in memory that does not grow with Lq * Lk."""
+
+from .functional import measure
+from .measures import (
+    Entropy,
+    FirstKeysMass,
+    HeadSimilarity,
+    HeatMap,
+    LogSumExp,
+    MaxLogit,
+    MeanDistance,
+    Measure,
+    OffsetMass,
+    Received,
+    Top,
+    TopKeys,
+    WeightRows,
+)
+
+__all__ = [
+    "Entropy",
+    "FirstKeysMass",
+    "HeadSimilarity",
+    "HeatMap",
+    "LogSumExp",
+    "MaxLogit",
+    "MeanDistance",
+    "Measure",
+    "OffsetMass",
+    "Received",
+    "Top",
+    "TopKeys",
+    "WeightRows",
+    "measure",
+]

@@ -1,0 +1,96 @@
+"""`measure()`: what the weights of one attention call are like, without forming all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from manyheads import masks, positions
+from manyheads.errors import ArgumentTypeError
+from manyheads.functional import prepare
+from manyheads.inspect.blocks import block_bounds, block_of
+from manyheads.inspect.measures import Measure
+from manyheads.spec import AttentionCall, PerBatch
+
+
+def measure(
+    query: Tensor,
+    key: Tensor,
+    measures: Iterable[Measure],
+    *,
+    mask: masks.Mask | Tensor | None = None,
+    attn_bias: positions.ScoreBias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    query_start: PerBatch | None = None,
+) -> tuple[Any, ...]:
+    """Measures of softmax(bias + softcap(scale Q Kᵀ)), exact, in memory that grows with Lk + Lq.
+
+    The weights are formed for a block of query rows at a time, measured and dropped. On any device,
+    differentiable where the measure is (each block is then computed again in the backward pass).
+
+    Args:
+        query: [B, Hq, Lq, D] or [Hq, Lq, D].
+        key: [B, Hkv, Lk, D] or [Hkv, Lk, D].
+        measures: what to measure, such as `[Entropy(), TopKeys(8)]`.
+        mask: as for `attention`, as all that follow.
+        attn_bias: what is added to the scores.
+        scale: multiplies the scores; 1 / sqrt(D) by default.
+        softcap: c > 0 turns a score s into c * tanh(s / c).
+        sinks: [Hq], one extra logit per head that takes part in the softmax.
+        query_start: the key position of query row 0.
+
+    Returns:
+        One answer for each measure, in order; its documentation gives the shape, whose batch axis
+        is there whether or not query and key have one. float32, or float64 for float64 inputs.
+
+    Raises:
+        ShapeError, DeviceError, ArgumentError, ArgumentTypeError: an argument has no meaning.
+
+    >>> import torch, manyheads as mh
+    >>> query, key = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 5, 16)
+    >>> questions = [mh.Entropy(), mh.TopKeys(3)]
+    >>> entropy, top = mh.measure(query, key, questions, mask=mh.Causal())
+    >>> entropy.shape, top.keys.shape
+    (torch.Size([2, 8, 5]), torch.Size([2, 8, 5, 3]))
+    """
+    asked = tuple(measures)
+    for one in asked:
+        if not isinstance(one, Measure):
+            raise ArgumentTypeError(
+                f"measures holds {one!r}; expected objects such as Entropy() or TopKeys(8)."
+            )
+    call, _, _ = prepare(
+        query, key, key, mask, attn_bias, scale, softcap, sinks, 0.0, query_start, False
+    )
+    for one in asked:
+        one.check(call)
+    totals: list[Any] = [None] * len(asked)
+    # A call without queries still has answers, of no rows.
+    for begin, end in tuple(block_bounds(call)) or ((0, 0),):
+        parts = _parts(call, asked, begin, end)
+        totals = [one.fold(*pair) for one, *pair in zip(asked, totals, parts, strict=True)]
+    return tuple(one.finish(total, call) for one, total in zip(asked, totals, strict=True))
+
+
+def _parts(
+    call: AttentionCall, measures: tuple[Measure, ...], begin: int, end: int
+) -> list[tuple[Tensor, ...]]:
+    """What each measure makes of query rows [begin, end)."""
+
+    def compute() -> list[tuple[Tensor, ...]]:
+        block = block_of(call, begin, end)
+        return [one.of(block) for one in measures]
+
+    if not torch.is_grad_enabled():
+        return compute()
+    # The graph keeps no block: the backward pass computes each again.
+    parts: list[tuple[Tensor, ...]] = checkpoint(
+        compute, use_reentrant=False, preserve_rng_state=False
+    )
+    return parts
