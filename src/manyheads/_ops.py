@@ -115,7 +115,7 @@ def _new_floats(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _new_heads(like: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[B, H, L, width] in the layout of another such tensor: make_heads of csrc/bindings_results.h."""
+    """[B, H, L, width] in another such tensor's layout: make_heads of csrc/bindings_results.h."""
     batch, heads, rows, _ = like.shape
     if like.stride(1) < like.stride(2):  # heads lie inside rows
         return like.new_empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)
