@@ -474,7 +474,7 @@ def test_an_expanded_bias_gets_a_gradient_for_every_element() -> None:
     assert torch.equal(found, torch.autograd.grad(out.square().sum(), whole)[0])
 
 
-# Torch: second derivatives, transforms, tracing, counting, memory.
+# Torch: second derivatives, transforms, tracing, counting.
 
 
 def loss_of(backend: str | None) -> Callable[..., Tensor]:
@@ -614,31 +614,3 @@ def test_a_training_step_compiles_whole(feature: str, backend: str) -> None:
     ours, expected = (gradients(call, run, backs(call)) for run in (compiled, native.run))
     for name, gradient in expected.items():
         assert torch.equal(ours[name], gradient), name
-
-
-MEASURE_MEMORY = """
-import resource, torch, manyheads as mh
-torch.set_num_threads(2)
-length = 16384
-def step(n):
-    inputs = [torch.randn(1, 2, n, 16, requires_grad=True) for _ in range(3)]
-    bias = mh.Alibi(torch.rand(2, requires_grad=True)) + mh.DenseBias(torch.zeros(1, 1, 1, n))
-    out = mh.attention(*inputs, mask=mh.Causal() & mh.Window(511, 0), attn_bias=bias, strict=True)
-    out.sum().backward()
-step(256)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(length)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / length)
-"""
-
-
-def test_memory_does_not_grow_with_the_square() -> None:
-    """Peak resident growth per position; the scores alone would be 2 * 4 * 16,384 bytes."""
-    ran = subprocess.run(
-        [sys.executable, "-c", MEASURE_MEMORY],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert float(ran.stdout) < 8192

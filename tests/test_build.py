@@ -77,6 +77,26 @@ def test_only_the_stable_abi_is_used() -> None:
     assert not unstable, unstable
 
 
+def test_only_the_bindings_include_torch_and_each_other_one_way() -> None:
+    includes = {
+        str(path.relative_to(ROOT / "csrc")): re.findall(
+            r'#include ["<](.*?)[">]', path.read_text()
+        )
+        for path in (ROOT / "csrc").rglob("*.*")
+    }
+    with_torch = {name for name, used in includes.items() if any("torch/" in u for u in used)}
+    assert with_torch == {"bindings.cpp", "bindings_arguments.h", "bindings_results.h"}
+    bindings = {
+        name: {u for u in used if u.startswith("bindings")}
+        for name, used in includes.items()
+        if any(u.startswith("bindings") for u in used)
+    }
+    assert bindings == {
+        "bindings_results.h": {"bindings_arguments.h"},
+        "bindings.cpp": {"bindings_arguments.h", "bindings_results.h"},
+    }
+
+
 def test_the_library_needs_no_more_than_torch_and_the_system() -> None:
     listing = subprocess.run(
         ["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True

@@ -103,7 +103,7 @@ def _fake_forward(
     need_lse: bool,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes and strides of the results, as csrc/bindings.cpp chooses them."""
+    """Sizes and strides of the results, as csrc/bindings_results.h chooses them."""
     batch, heads, rows, _ = query.shape
     lse = _new_floats(query, (batch, heads, rows) if need_lse else (0,))
     stats = _new_floats(query, (2, batch, heads, rows) if need_stats else (0,))
@@ -115,7 +115,7 @@ def _new_floats(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _new_heads(like: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[B, H, L, width] in the layout of another such tensor: make_heads of csrc/bindings.cpp."""
+    """[B, H, L, width] in another such tensor's layout: make_heads of csrc/bindings_results.h."""
     batch, heads, rows, _ = like.shape
     if like.stride(1) < like.stride(2):  # heads lie inside rows
         return like.new_empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)

@@ -1,5 +1,6 @@
 #include "case.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -8,19 +9,25 @@
 namespace manyheads {
 namespace {
 
-constexpr int64_t kMostProducts = 2'000'000;  // of one call: the plain loop computes them too
+// Products of one call: the plain loops compute them too.
+constexpr int64_t kMostProducts = 2'000'000, kMostTrainingProducts = 400'000;
 
 class Maker {
  public:
-  explicit Maker(uint64_t seed) : random_(seed) { made_.name = "seed " + std::to_string(seed); }
+  explicit Maker(uint64_t seed, int64_t most_products = kMostProducts)
+      : random_(seed), most_products_(most_products) {
+    made_.name = "seed " + std::to_string(seed);
+  }
 
   Case random() {
-    draw_sizes();
-    draw_tensors();
-    draw_positions();
-    draw_mask();
-    draw_scores();
-    draw_broken_rows();
+    draw_call();
+    return std::move(made_);
+  }
+
+  Case random_training() {
+    draw_call();
+    if (!call_.bias.dense && random_.chance(0.25)) draw_shared_bias();
+    draw_training();
     return std::move(made_);
   }
 
@@ -34,7 +41,34 @@ class Maker {
     return std::move(made_);
   }
 
+  // One key/value head.
+  Case long_training(int64_t group, int64_t queries, int64_t keys) {
+    call_.B = 1, call_.Hq = group, call_.Hkv = 1, call_.Lq = queries, call_.Lk = keys;
+    call_.D = 3, call_.Dv = 2;
+    note("long");
+    draw_tensors();
+    set_full();
+    call_.query_start = {keys - queries, nullptr};
+    call_.scale = 1;
+    draw_alibi();
+    draw_relative();
+    draw_dense_bias();
+    draw_dropout();
+    draw_training();
+    return std::move(made_);
+  }
+
  private:
+  void draw_call() {
+    draw_sizes();
+    draw_tensors();
+    draw_positions();
+    draw_mask();
+    draw_scores();
+    draw_broken_rows();
+    if (random_.chance(0.25)) draw_dropout();
+  }
+
   void note(const std::string& feature) {
     made_.name += ", " + feature;
     made_.features.push_back(feature);
@@ -67,7 +101,7 @@ class Maker {
           random_.one_of<int64_t>({1, 2, 3, 5, 29, 53, 127, 128, 129, 131, 211, 311, 577, 1031});
       call_.D = random_.one_of(widths);
       call_.Dv = random_.chance(0.3) ? call_.D : random_.one_of(widths);
-    } while (call_.B * call_.Hq * call_.Lq * call_.Lk * (call_.D + call_.Dv) > kMostProducts);
+    } while (call_.B * call_.Hq * call_.Lq * call_.Lk * (call_.D + call_.Dv) > most_products_);
     note("B", call_.B), note("Hq", call_.Hq), note("Hkv", call_.Hkv), note("Lq", call_.Lq);
     note("Lk", call_.Lk), note("D", call_.D), note("Dv", call_.Dv);
     if (call_.Hq > call_.Hkv) note("grouped");
@@ -218,18 +252,22 @@ class Maker {
       note("sinks");
       call_.sinks = new_floats(call_.Hq, 3);
     }
-    Bias& bias = call_.bias;
-    if (random_.chance(0.2)) {
-      note("alibi");
-      bias.slopes = new_floats(call_.Hq, 0.2f);
-    }
-    if (random_.chance(0.2)) {
-      note("relative");
-      bias.num_distances = random_.one_of<int64_t>({1, 2, 23, 64, 401});
-      bias.distance_offset = random_.integer(-3, bias.num_distances + 3);
-      bias.distance_values = new_floats(call_.Hq * bias.num_distances);
-    }
+    if (random_.chance(0.2)) draw_alibi();
+    if (random_.chance(0.2)) draw_relative();
     if (random_.chance(0.2)) draw_dense_bias();
+  }
+
+  void draw_alibi() {
+    note("alibi");
+    call_.bias.slopes = new_floats(call_.Hq, 0.2f);
+  }
+
+  void draw_relative() {
+    Bias& bias = call_.bias;
+    note("relative");
+    bias.num_distances = random_.one_of<int64_t>({1, 2, 23, 64, 401});
+    bias.distance_offset = random_.integer(-3, bias.num_distances + 3);
+    bias.distance_values = new_floats(call_.Hq * bias.num_distances);
   }
 
   void draw_dense_bias() {
@@ -241,6 +279,20 @@ class Maker {
       call_.bias.dense_stride[axis] = broadcast ? 0 : size;
       if (!broadcast) size *= full[axis];
     }
+    fill_dense_bias(size);
+  }
+
+  // One number for every pair of a query and a key, the same in all heads, batches, or both.
+  void draw_shared_bias() {
+    note("dense bias");
+    const bool by_batch = random_.chance(0.4), by_head = !by_batch && random_.chance(0.5);
+    const int64_t pairs = call_.Lq * call_.Lk;
+    const int64_t stride[4] = {by_batch ? pairs : 0, by_head ? pairs : 0, call_.Lk, 1};
+    std::copy_n(stride, 4, call_.bias.dense_stride);
+    fill_dense_bias((by_batch ? call_.B : by_head ? call_.Hq : 1) * pairs);
+  }
+
+  void fill_dense_bias(int64_t size) {
     float* dense = new_floats(size);
     call_.bias.dense = dense;
     if (!random_.chance(0.4)) return;
@@ -266,7 +318,59 @@ class Maker {
           random_.one_of({infinity, -infinity, infinity - infinity}));
   }
 
+  void draw_dropout() {
+    note("dropout");
+    call_.dropout_threshold = random_.one_of<int32_t>({1, 6554, 32768, 60000, 65535});
+    call_.keep_scale = float(65536.0 / (65536 - call_.dropout_threshold));
+    call_.dropout_seed = random_.bits();
+  }
+
+  void draw_training() {
+    Training& back = made_.back;
+    const auto [B, Hq, Lq] = std::tuple(call_.B, call_.Hq, call_.Lq);
+    back.grad_out = new_floats(draw_layout(Hq, Lq, call_.Dv, true, back.grad_out_stride));
+    if (random_.chance(0.5)) {
+      note("grad of lse");
+      back.grad_lse = new_floats(B * Hq * Lq);
+    }
+    want(kGradQuery, "dQ", draw_layout(Hq, Lq, call_.D, false, back.stride[kGradQuery]));
+    want(kGradKey, "dK", draw_layout(call_.Hkv, call_.Lk, call_.D, false, back.stride[kGradKey]));
+    want(kGradValue, "dV",
+         draw_layout(call_.Hkv, call_.Lk, call_.Dv, false, back.stride[kGradValue]));
+    if (call_.sinks) want(kGradSinks, "d sinks", Hq);
+    if (call_.bias.slopes) want(kGradSlopes, "d slopes", Hq);
+    if (call_.bias.distance_values)
+      want(kGradDistanceValues, "d distances", Hq * call_.bias.num_distances);
+    if (call_.bias.dense) want_dense();
+  }
+
+  void want(Gradient gradient, const char* name, int64_t size) {
+    if (random_.chance(0.15)) return;
+    note(name);
+    made_.back.wanted[gradient] = true;
+    made_.back.size[gradient] = size;
+  }
+
+  // An axis that the bias has once has one element in the gradient too, and a stride of 0.
+  void want_dense() {
+    const int64_t full[4] = {call_.B, call_.Hq, call_.Lq, call_.Lk};
+    int64_t size = 1;
+    int64_t (&stride)[4] = made_.back.dense_stride;
+    for (int axis = 3; axis >= 0; --axis) {
+      const bool once = call_.bias.dense_stride[axis] == 0 || full[axis] == 1;
+      stride[axis] = once ? 0 : size;
+      if (!once) size *= full[axis];
+    }
+    const bool pairs = stride[2] && stride[3];
+    if (pairs && !stride[1] && call_.Hkv > 1) note("heads share a bias");
+    if (pairs && !stride[0] && call_.B > 1) note("batches share a bias");
+    if (stride[3] && !stride[2]) note("bias by key");
+    if (!stride[3]) note("bias by row");
+    want(kGradDense, "d bias", size);
+  }
+
   Random random_;
+  int64_t most_products_;
   Case made_;
   Forward& call_ = made_.call;
 };
@@ -276,31 +380,19 @@ class Maker {
 Case random_case(uint64_t seed) { return Maker(seed).random(); }
 Case long_case() { return Maker(1).long_keys(); }
 
-int64_t position_of(const Forward& call, int64_t b, int64_t row) {
-  if (call.positions) return call.positions[b * call.positions_stride + row];
-  return call.query_start.at(b) + row;
+Case random_training_case(uint64_t seed) {
+  return Maker(seed, kMostTrainingProducts).random_training();
+}
+std::vector<Case> long_training_cases() {
+  std::vector<Case> cases;
+  cases.push_back(Maker(2).long_training(3, 1061, 31));
+  cases.push_back(Maker(3).long_training(2, 3, 16384 + 131));
+  return cases;
 }
 
-bool allows(const Forward& call, int64_t b, int64_t head, int64_t row, int64_t key) {
-  const Mask& mask = call.mask;
-  if (mask.kind == PlanKind::full) return true;
-  if (mask.kind == PlanKind::dense) {
-    const int64_t (&stride)[3] = mask.allowed_stride;
-    return mask.allowed[b * stride[0] + head * stride[1] + row * stride[2] + key] != 0;
-  }
-  if (mask.kind == PlanKind::intervals) {
-    const int64_t (&stride)[3] = mask.ranges_stride;
-    const int32_t* range = mask.ranges + b * stride[0] + head * stride[1] + row * stride[2];
-    for (int64_t r = 0; r < mask.num_ranges; ++r)
-      if (range[2 * r] <= key && key < range[2 * r + 1]) return true;
-    return false;
-  }
-  const int64_t position = position_of(call, b, row);
-  const int64_t left = mask.left.at(b), right = mask.right.at(b), start = mask.key_start.at(b);
-  const bool below_right = right == kUnbounded || key <= position + right;
-  const bool above_left = left == kUnbounded || key >= position - left;
-  const bool first = key < start + mask.first_n.at(b) && (below_right || !mask.first_within_right);
-  return start <= key && key < mask.key_end.at(b) && ((below_right && above_left) || first);
+const Array<float>& owner_of(const Case& made, const void* data) {
+  return *std::find_if(made.floats.begin(), made.floats.end(),
+                       [&](const Array<float>& array) { return array.data() == data; });
 }
 
 }  // namespace manyheads

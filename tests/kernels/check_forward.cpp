@@ -2,36 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "check_queue.h"
+#include "half_case.h"
 #include "queue.h"
 #include "rule.h"
+#include "run_forward.h"
 
 namespace manyheads {
 namespace {
-
-// What memory holds before a kernel writes there: a NaN, and a large index.
-constexpr uint32_t kUntouched = 0x7fc5a5a5;
-
-bool untouched(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits == kUntouched;
-}
-
-void wipe(void* data, int64_t bytes) {
-  for (int64_t i = 0; i + 4 <= bytes; i += 4)
-    std::memcpy(static_cast<char*>(data) + i, &kUntouched, 4);
-}
-
-const Array<float>& owner_of(const Case& made, const void* data) {
-  return *std::find_if(made.floats.begin(), made.floats.end(),
-                       [&](const Array<float>& array) { return array.data() == data; });
-}
 
 void wipe_results(const Case& made) {
   for (const void* data :
@@ -64,23 +46,6 @@ Output read_results(const Case& made) {
     output.kept_to_itself &= inside[size_t(i)] || untouched(all[i]);
   if (call.lse) output.lse.assign(call.lse, call.lse + call.B * call.Hq * call.Lq);
   return output;
-}
-
-// On memory of exactly the size asked for, which holds nothing useful before.
-void run_in_random_order(const Kernels& kernels, const Forward& call, Random& random) {
-  const int64_t items = kernels.num_items(call);
-  std::vector<int64_t> order(static_cast<size_t>(items));
-  for (int64_t i = 0; i < items; ++i) order[size_t(i)] = i;
-  for (int64_t i = items - 1; i > 0; --i)
-    std::swap(order[size_t(i)], order[size_t(random.integer(0, i))]);
-  const Array<char> scratch(kernels.scratch_bytes(call), 64);
-  wipe(scratch.data(), scratch.size());
-  const Array<char> shared(kernels.shared_bytes(call), 64);
-  wipe(shared.data(), shared.size());
-  kernels.prepare(call, shared.data());
-  kernels.begin(call, scratch.data());
-  for (const int64_t item : order)
-    kernels.forward(call, item, random.integer(-1, items - 1), scratch.data(), shared.data());
 }
 
 void run_on_threads(const Kernels& kernels, const Forward& call, int64_t threads) {
@@ -123,84 +88,6 @@ double lse_floor(const Forward& call) {
   return double(std::numeric_limits<float>::epsilon()) * (size + largest_bias);
 }
 
-#ifdef __aarch64__
-using Float16 = __fp16;  // GCC 12 has no _Float16 in C++ there
-#else
-using Float16 = _Float16;
-#endif
-
-uint16_t narrowed(Type type, float x) {
-  uint16_t half;
-  if (type == Type::float16) {
-    const auto nearest = static_cast<Float16>(x);
-    std::memcpy(&half, &nearest, sizeof half);
-    return half;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float widened(Type type, uint16_t half) {
-  if (type == Type::float16) {
-    Float16 x;
-    std::memcpy(&x, &half, sizeof half);
-    return static_cast<float>(x);
-  }
-  const uint32_t bits = uint32_t(half) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// The case in a half type: its numbers rounded to it, once as they are and once widened.
-struct HalfCase {
-  HalfCase(const Case& made, Type type) : half(made.call), wide(made.call) {
-    half.type = type;
-    half.lse = wide.lse = nullptr;
-    for (const void* Forward::* tensor : {&Forward::query, &Forward::key, &Forward::value}) {
-      const Array<float>& numbers = owner_of(made, made.call.*tensor);
-      Array<uint16_t>& narrow = halves.emplace_back(numbers.size());
-      Array<float>& again = floats.emplace_back(numbers.size());
-      for (int64_t i = 0; i < numbers.size(); ++i) {
-        narrow[i] = narrowed(type, numbers[i]);
-        again[i] = widened(type, narrow[i]);
-      }
-      half.*tensor = narrow.data();
-      wide.*tensor = again.data();
-    }
-    const int64_t size = owner_of(made, made.call.out).size();
-    half.out = halves.emplace_back(size).data();
-    wide.out = floats.emplace_back(size).data();
-    for (int64_t i = 0; i < size; ++i) {
-      floats.back()[i] = 1;  // where nothing is written, both stay 1
-      halves.back()[i] = narrowed(type, 1);
-    }
-  }
-
-  // What `half` left, in the order of Result::out.
-  std::vector<float> results() const {
-    std::vector<float> all;
-    for (int64_t i = 0; i < half.B * half.Hq * half.Lq; ++i) {
-      const uint16_t* const row =
-          static_cast<const uint16_t*>(half.out) + i / (half.Hq * half.Lq) * half.out_stride[0] +
-          i / half.Lq % half.Hq * half.out_stride[1] + i % half.Lq * half.out_stride[2];
-      for (int64_t d = 0; d < half.Dv; ++d) all.push_back(widened(half.type, row[d]));
-    }
-    return all;
-  }
-
-  Forward half, wide;
-  std::vector<Array<uint16_t>> halves;
-  std::vector<Array<float>> floats;
-};
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](float x, float y) { return std::memcmp(&x, &y, sizeof x) == 0; });
-}
-
 }  // namespace
 
 Expected expect_of(const Case& made) {
@@ -228,12 +115,6 @@ Expected expect_of(const Case& made) {
 }
 
 namespace {
-
-bool rounds_weights(const Kernels& kernels, Type type) {
-  const std::string name = kernels.name;
-  if (type == Type::float16) return name == "amx_fp16";
-  return name == "amx_fp16" || name == "amx" || name == "avx512_bf16";
-}
 
 // Kernels that widen compute in float32 and round once; others are held to the rule.
 std::string check_half(const Kernels& kernels, const Case& made, Type type,

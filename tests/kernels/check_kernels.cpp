@@ -21,6 +21,7 @@
 
 #include "attention.h"
 #include "case.h"
+#include "check_backward.h"
 #include "check_forward.h"
 #include "check_queue.h"
 #include "check_vec.h"
@@ -93,16 +94,43 @@ void check_case(const std::vector<const Kernels*>& all, const Case& made, uint64
   }
 }
 
+void check_training_case(const std::vector<const Kernels*>& all, const Case& made, uint64_t seed) {
+  const ExpectedGradients expected = expect_gradients_of(made);
+  for (const Kernels* kernels : all) {
+    subject = std::string(kernels->name) + ", backward, " + made.name;
+    Random random(seed);
+    const std::string wrong = check_backward(*kernels, made, expected, random);
+    expect(wrong.empty(), wrong.c_str());
+  }
+}
+
 // A feature that no case has is not tested, whatever the count of cases says.
-void check_coverage(const std::map<std::string, int>& seen) {
+using Seen = std::map<std::string, int>;
+void check_coverage(const Seen& seen, const Seen& seen_backward) {
+  const char* const every[] = {
+      "full",         "band",      "intervals",  "dense mask",  "causal",      "window",
+      "first keys",   "key range", "per batch",  "positions",   "grouped",     "one query",
+      "[B, L, H, D]", "expanded",  "lse",        "softcap",     "sinks",       "alibi",
+      "relative",     "-inf bias", "dense bias", "padded rows", "broken rows", "negative scale",
+      "long",         "dropout"};
+  const char* const backward[] = {"dQ",
+                                  "dK",
+                                  "dV",
+                                  "d sinks",
+                                  "d slopes",
+                                  "d distances",
+                                  "d bias",
+                                  "grad of lse",
+                                  "heads share a bias",
+                                  "batches share a bias",
+                                  "bias by key",
+                                  "bias by row"};
   subject = "coverage";
-  for (const char* feature :
-       {"full",       "band",        "intervals",    "dense mask",     "causal",
-        "window",     "first keys",  "key range",    "per batch",      "positions",
-        "grouped",    "one query",   "[B, L, H, D]", "expanded",       "lse",
-        "softcap",    "sinks",       "alibi",        "relative",       "-inf bias",
-        "dense bias", "padded rows", "broken rows",  "negative scale", "long"})
+  for (const char* feature : every) {
     expect(seen.count(feature) > 0, feature);
+    expect(seen_backward.count(feature) > 0, feature);
+  }
+  for (const char* feature : backward) expect(seen_backward.count(feature) > 0, feature);
 }
 
 int run(int64_t cases, uint64_t first) {
@@ -116,14 +144,21 @@ int run(int64_t cases, uint64_t first) {
     expect(kernels->multiply_add(100) != 0 && kernels->flops_per_step > 0, "multiply_add");
   }
   check_queues();
-  std::map<std::string, int> seen;
+  Seen seen, seen_backward;
   for (int64_t i = 0; i <= cases; ++i) {
     const uint64_t seed = first + uint64_t(i);
     const Case made = i < cases ? random_case(seed) : long_case();
     for (const std::string& feature : made.features) ++seen[feature];
     check_case(all, made, seed);
   }
-  if (cases >= 100) check_coverage(seen);
+  const auto check_training = [&](const Case& made, uint64_t seed) {
+    for (const std::string& feature : made.features) ++seen_backward[feature];
+    check_training_case(all, made, seed);
+  };
+  for (const Case& made : long_training_cases()) check_training(made, first);
+  for (uint64_t seed = first; seed < first + uint64_t(cases); ++seed)
+    check_training(random_training_case(seed), seed);
+  if (cases >= 100) check_coverage(seen, seen_backward);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed ? 1 : 0;
 }

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #ifndef __SANITIZE_ADDRESS__
@@ -52,5 +53,22 @@ void give_back(void* data, size_t bytes) {
 }
 
 #endif
+
+namespace {
+
+constexpr uint32_t kUntouched = 0x7fc5a5a5;
+
+}  // namespace
+
+void wipe(void* data, int64_t bytes) {
+  for (int64_t i = 0; i + 4 <= bytes; i += 4)
+    std::memcpy(static_cast<char*>(data) + i, &kUntouched, 4);
+}
+
+bool untouched(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits == kUntouched;
+}
 
 }  // namespace manyheads

@@ -43,4 +43,8 @@ class Array {
   int64_t size_ = 0;
 };
 
+// What memory holds before a kernel writes there: a NaN, and a large index.
+void wipe(void* data, int64_t bytes);
+bool untouched(float x);
+
 }  // namespace manyheads

@@ -10,9 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from manyheads.errors import ArgumentTypeError
-from manyheads.masks.algebra import Mask, default_positions
+from manyheads.masks.algebra import Mask
 from manyheads.masks.extents import Documents, KeyLengths, KeyRange, QueryRows
 from manyheads.masks.given import Dense, Predicate
+from manyheads.masks.placement import default_positions
 from manyheads.masks.relative import Causal, Chunks, FirstKeys, Window
 from manyheads.spec import FullPlan, Geometry, MaskPlan, QueryPositions
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
-from manyheads.masks.band import Band, join, meet
+from manyheads.errors import ArgumentTypeError
+from manyheads.masks.band import Band, band_ranges, join, meet
 from manyheads.masks.frame import DocumentTable, Frame
-from manyheads.masks.ranges import NotCompactError, Ranges, one_range
+from manyheads.masks.placement import aligned_frame, default_positions
+from manyheads.masks.ranges import NotCompactError, Ranges
 from manyheads.masks.values import Value
 from manyheads.spec import (
     BandPlan,
@@ -143,7 +144,7 @@ class Mask(Value):
             if leaf._aligns is not None and all(leaf is not known for known in aligning):
                 aligning.append(leaf)
         if aligning:
-            return _aligned_frame(aligning, geometry)
+            return aligned_frame(aligning, geometry)
         return Frame(geometry, default_positions(geometry))
 
     # What a leaf says about itself. The combinations below build theirs from their parts'.
@@ -313,75 +314,12 @@ def _may_keep(plan: MaskPlan, positions: QueryPositions) -> bool:
     return all(type(value) is Tensor for value in values if isinstance(value, Tensor))
 
 
-def default_positions(geometry: Geometry) -> QueryPositions:
-    """The rows from query_start on; by default the last query stands at the last key."""
-    start = geometry.query_start
-    if start is None:
-        return QueryPositions(geometry.k_len - geometry.q_len)
-    if isinstance(start, Tensor):
-        if start.shape != (geometry.batch,):
-            raise ShapeError(
-                "query_start must be an int or an integer tensor [B]; got shape "
-                f"{list(start.shape)} for batch size {geometry.batch}. "
-                "Give one start per batch element."
-            )
-        return QueryPositions(start.to(geometry.device, torch.int32))
-    return QueryPositions(start)
-
-
-def band_ranges(band: Band, frame: Frame) -> Ranges:
-    """A Band without first keys as one range per row."""
-    assert band.window is not None and band.first is None
-    left, right = band.window
-    geometry, p = frame.geometry, None
-    start: PerBatch = 0
-    end: PerBatch = geometry.k_len
-    if left is not None or right is not None:
-        p = frame.row_positions()
-        start = 0 if left is None else p - left
-        end = end if right is None else p + (right + 1)
-    ranges = one_range(start, end, geometry)
-    end = geometry.k_len if band.key_end is None else frame.column(band.key_end)
-    return ranges.meet(one_range(frame.column(band.key_start), end, geometry))
-
-
 def _window_ranges(mask: Mask, frame: Frame) -> Ranges | None:
     """One range per row where the whole of `mask` is a plain window in a key range."""
     band = mask._band(frame)
     if band is None or band.window is None or band.first is not None:
         return None
     return band_ranges(band, frame)
-
-
-def _aligned_frame(aligning: list[Mask], geometry: Geometry) -> Frame:
-    """The frame where Documents or KeyLengths place the query rows."""
-    documents = [mask for mask in aligning if mask._aligns == "documents"]
-    start = geometry.query_start
-    if documents:
-        chosen = _only(documents, "Documents", "Use the same Documents throughout the expression.")
-        if start is not None:
-            raise ArgumentError(
-                "query_start cannot be given together with Documents: every document aligns its "
-                f"own queries with its own keys; got query_start={start!r}. "
-                "Leave query_start out, or give k_lengths to say how long each document's keys are."
-            )
-        table = chosen._document_table(geometry)
-        return Frame(geometry, QueryPositions(0, table.position), table)
-    if start is None:
-        lengths = _only(aligning, "KeyLengths", "Give query_start to place the queries.")
-        return Frame(geometry, QueryPositions(lengths._query_start(geometry)))
-    return Frame(geometry, default_positions(geometry))
-
-
-def _only(masks: list[Mask], name: str, fix: str) -> Mask:
-    first = masks[0]
-    for other in masks[1:]:
-        if torch.compiler.is_compiling() or first != other:
-            raise ArgumentError(
-                f"One {name} per expression may place the query rows; got {first!r} and "
-                f"{other!r}. {fix}"
-            )
-    return first
 
 
 def _parts(kind: type[_Combination], mask: Mask) -> tuple[Mask, ...]:

@@ -15,7 +15,8 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from manyheads.masks.frame import largest, least, same
+from manyheads.masks.frame import Frame, largest, least, same
+from manyheads.masks.ranges import Ranges, one_range
 from manyheads.spec import BandPlan, FullPlan, PerBatch
 
 Bound: TypeAlias = int | None  # None: unbounded
@@ -114,6 +115,22 @@ def join(a: Band, b: Band) -> Band | None:
     if first is None and (a.first is not None or b.first is not None):
         return None
     return Band(window, first, a.key_start, a.key_end)
+
+
+def band_ranges(band: Band, frame: Frame) -> Ranges:
+    """A Band without first keys as one range per row."""
+    assert band.window is not None and band.first is None
+    left, right = band.window
+    geometry, p = frame.geometry, None
+    start: PerBatch = 0
+    end: PerBatch = geometry.k_len
+    if left is not None or right is not None:
+        p = frame.row_positions()
+        start = 0 if left is None else p - left
+        end = end if right is None else p + (right + 1)
+    ranges = one_range(start, end, geometry)
+    end = geometry.k_len if band.key_end is None else frame.column(band.key_end)
+    return ranges.meet(one_range(frame.column(band.key_start), end, geometry))
 
 
 def _join_first(a: First | None, b: First | None) -> First | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
-from manyheads.masks.algebra import Mask, band_ranges
-from manyheads.masks.band import Band
+from manyheads.masks.algebra import Mask
+from manyheads.masks.band import Band, band_ranges
 from manyheads.masks.checks import (
     Numbers,
     broadcasts,

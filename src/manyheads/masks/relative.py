@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from manyheads.errors import ArgumentError, ShapeError
-from manyheads.masks.algebra import Mask, band_ranges
-from manyheads.masks.band import Band, First
+from manyheads.masks.algebra import Mask
+from manyheads.masks.band import Band, First, band_ranges
 from manyheads.masks.checks import (
     Numbers,
     broadcasts,
