@@ -7,7 +7,8 @@ SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE $(shell find src csrc
   \( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.h' \))
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: venv install build demo test test-kernels test-neon check bench wheel docs clean
+.PHONY: venv install build demo test test-kernels test-neon check bench bench-peers \
+  wheel docs clean
 
 venv: .venv/.requirements
 install: .venv/.installed
@@ -76,7 +77,17 @@ check: install test-kernels
 	$(BIN)/python -m pytest -q
 
 bench: install
-	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/attention.py --write
+
+# Others' attention, each in an environment of its own, since they pin other things; `make bench`
+# times those that are there. They take 2 GB.
+PEERS := onnxruntime openvino zentorch
+bench-peers: $(PEERS:%=build/peers/%/.installed)
+
+build/peers/%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv build/peers/$*
+	build/peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 wheel: .venv/.requirements
 	rm -rf dist

@@ -112,12 +112,15 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
   return gradients;
 }
 
-// GFLOP/s of fused multiply-adds on all of torch's threads, over about `seconds`.
-double fma_peak(double seconds) {
+// GFLOP/s of multiply-adds on registers alone, on all of torch's threads, over about `seconds`: in
+// float32, or products of bfloat16 pairs where the kernels in use have instructions for them.
+double fma_peak(double seconds, bool bfloat16) {
   const Choice choice = choose_kernels();
   if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  const bool pairs = bfloat16 && choice.kernels->multiply_pairs != nullptr;
+  const auto multiply = pairs ? choice.kernels->multiply_pairs : choice.kernels->multiply_add;
   using Clock = std::chrono::steady_clock;
-  constexpr int64_t kSteps = 10000;
+  const int64_t steps_at_once = pairs ? 2000 : 10000;  // so few microseconds between two looks
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   std::atomic<int64_t> steps{0};
   std::atomic<float> kept{0};
@@ -126,13 +129,15 @@ double fma_peak(double seconds) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) noexcept {
     for (int64_t worker = first; worker < last; ++worker) {
       do {
-        kept.store(choice.kernels->multiply_add(kSteps), std::memory_order_relaxed);
-        steps.fetch_add(kSteps, std::memory_order_relaxed);
+        kept.store(multiply(steps_at_once), std::memory_order_relaxed);
+        steps.fetch_add(steps_at_once, std::memory_order_relaxed);
       } while (Clock::now() < end);
     }
   });
   const double elapsed = std::chrono::duration<double>(Clock::now() - start).count();
-  return double(steps) * choice.kernels->flops_per_step / elapsed * 1e-9;
+  const double flops_per_step =
+      pairs ? choice.kernels->pair_flops_per_step : choice.kernels->flops_per_step;
+  return double(steps) * flops_per_step / elapsed * 1e-9;
 }
 
 // Bytes a second at which all of torch's threads together read this memory once.
@@ -183,7 +188,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "needs) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks, "
       "Tensor grad_slopes, Tensor grad_distance_values, Tensor grad_dense_bias)");
-  m.def("fma_peak(float seconds) -> float");
+  m.def("fma_peak(float seconds, bool bfloat16=False) -> float");
   m.def("read_rate(Tensor data) -> float");
   m.def("cpu_kernels() -> (str name, str detected, str error, str matrix_types)");
 }

@@ -1,6 +1,7 @@
 // clang-format off: the vectors come first, the kernels are written over them
 #include "pairs_avx512.h"
 #include "kernel/entry_pairs.h"
+#include "kernel/peak_pairs.h"
 // clang-format on
 
 namespace manyheads {
@@ -18,5 +19,7 @@ const Kernels kKernelsAvx512Bf16{"avx512_bf16",
                                  num_stage_items,
                                  backward,
                                  kFlopsPerStep,
-                                 multiply_add};
+                                 multiply_add,
+                                 kPairFlopsPerStep,
+                                 multiply_pairs};
 }  // namespace manyheads

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from manyheads.environment import info
 from manyheads.errors import ManyHeadsError
 from manyheads.functional import attention
 from manyheads.masks import Causal, Mask, Window
@@ -96,6 +97,17 @@ class Comparison:
         return None if self.others is None else self.others <= QUIET_LIMIT
 
 
+@runtime_checkable
+class TimesItself(Protocol):
+    """A side of `compare` that runs elsewhere, in another process, and is timed there."""
+
+    def __call__(self) -> Any:
+        """The result, to be checked."""
+
+    def seconds_per_call(self, count: int) -> float:
+        """Run it so many times and return the mean duration."""
+
+
 def compare(
     ours: Callable[[], Any],
     peer: Callable[[], Any],
@@ -107,6 +119,7 @@ def compare(
 ) -> Comparison:
     """Time two zero-argument callables in turn, after checking that they agree.
 
+    peer: may be a `TimesItself`; what that takes counts as taken by others.
     check: called with both results, raises if they differ; default `check_close`.
     limit: measures what the machine can do at best (work a second), just before and after our side
         of each pair; the two are averaged. With it, pairs during which it stood below 95 % of the
@@ -194,27 +207,36 @@ def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, value_dim
     return 2 * batch * heads * pairs * (head_dim + value_dim)
 
 
-def fma_peak(seconds: float = 0.3) -> float | None:
-    """The machine's float32 multiply-add rate in GFLOP/s, measured now on the threads in use.
+def fma_peak(seconds: float = 0.3, dtype: torch.dtype = torch.float32) -> float | None:
+    """The machine's multiply-add rate in GFLOP/s, measured now on the threads in use.
+
+    dtype: bfloat16 for products of bfloat16 pairs, summed in float32, with the instructions that
+        our kernels use (`bfloat16_unit`); where they have none, and for all else, float32.
 
     None when the native library is not there to measure it.
     """
     try:
         from manyheads import _ops  # noqa: F401  (loads the library)
 
-        return float(torch.ops.manyheads.fma_peak(seconds))
+        return float(torch.ops.manyheads.fma_peak(seconds, dtype is torch.bfloat16))
     except (ImportError, AttributeError, RuntimeError):
         return None
 
 
-def peak_now() -> float:
+def bfloat16_unit() -> str | None:
+    """What multiplies bfloat16 pairs in the kernels in use; None if they widen them to float32."""
+    units = {"amx": "AMX (tdpbf16ps)", "avx512_bf16": "AVX512-BF16 (vdpbf16ps)"}
+    return units.get(info().isa or "")
+
+
+def peak_now(dtype: torch.dtype = torch.float32) -> float:
     """Operations a second of multiply-adds on all threads, at the clock of this moment; or NaN.
 
     This is the limit to give `compare`. It lasts one millisecond: a loop of multiply-adds on
     registers alone draws less power than anything that reads memory, and where power limits the
     clock it climbs, in a longer one, well above what any kernel gets.
     """
-    return (fma_peak(0.001) or math.nan) * 1e9
+    return (fma_peak(0.001, dtype) or math.nan) * 1e9
 
 
 def read_rate(*tensors: Tensor) -> float:
@@ -333,6 +355,8 @@ def _calls_per_sample(run: Callable[[], Any]) -> int:
 
 
 def _seconds_per_call(run: Callable[[], Any], count: int) -> float:
+    if isinstance(run, TimesItself):
+        return run.seconds_per_call(count)
     start = time.perf_counter()
     for _ in range(count):
         run()

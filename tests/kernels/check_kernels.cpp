@@ -142,6 +142,9 @@ int run(int64_t cases, uint64_t first) {
     check_vectors(kernels->name);
     subject = std::string("peak of ") + kernels->name;
     expect(kernels->multiply_add(100) != 0 && kernels->flops_per_step > 0, "multiply_add");
+    const bool pairs = kernels->multiply_pairs != nullptr;
+    expect(pairs == (kernels->pair_flops_per_step > 0) && (!pairs || kernels->multiply_pairs(100)),
+           "multiply_pairs");
   }
   check_queues();
   Seen seen, seen_backward;
