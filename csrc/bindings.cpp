@@ -210,11 +210,12 @@ Tensor empty(Type type, int64_t rank, const int64_t* sizes, const int64_t* strid
   return Tensor(handle);
 }
 
-// Fresh memory of this size comes from the system one small page at a time, at a fault each; asking
-// for large pages saves most of them. Below, the C library keeps freed memory and gives it again.
+// Fresh memory comes from the system one small page at a time, at a fault each; asking for large
+// pages saves most of them. From this size on the C library usually gives freed memory back, so
+// that the next call's is fresh again.
 void prefer_large_pages(void* data, int64_t bytes) {
 #ifdef __linux__
-  constexpr int64_t kFresh = int64_t(32) << 20;  // the C library's largest mmap threshold
+  constexpr int64_t kFresh = int64_t(4) << 20;
   constexpr uintptr_t kPage = 4096;
   if (bytes < kFresh) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
@@ -528,6 +529,12 @@ double read_rate(const Tensor& data) {
   return double(size) * 4 / elapsed.count();
 }
 
+// For memory that torch allocated, before it is written to.
+void advise_large_pages(const Tensor& data) {
+  const View view(data);
+  prefer_large_pages(const_cast<void*>(view.data), data.numel() * int64_t(data.element_size()));
+}
+
 // (ISA in use, every ISA this machine has, why none is in use, matrix_unit_types()): one of the
 // first and third is "".
 std::tuple<std::string, std::string, std::string, std::string> cpu_kernels() {
@@ -556,6 +563,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "needs) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks, "
       "Tensor grad_slopes, Tensor grad_distance_values, Tensor grad_dense_bias)");
+  m.def("advise_large_pages(Tensor data) -> ()");
   m.def("fma_peak(float seconds) -> float");
   m.def("read_rate(Tensor data) -> float");
   m.def("cpu_kernels() -> (str name, str detected, str error, str matrix_types)");
@@ -567,6 +575,7 @@ STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {
+  m.impl("advise_large_pages", TORCH_BOX(&manyheads::advise_large_pages));
   m.impl("fma_peak", TORCH_BOX(&manyheads::fma_peak));
   m.impl("read_rate", TORCH_BOX(&manyheads::read_rate));
   m.impl("cpu_kernels", TORCH_BOX(&manyheads::cpu_kernels));
