@@ -160,6 +160,12 @@ double read_rate(const Tensor& data) {
   return double(size) * 4 / elapsed.count();
 }
 
+// For memory that torch allocated, before it is written to.
+void advise_large_pages(const Tensor& data) {
+  const View view(data);
+  prefer_large_pages(const_cast<void*>(view.data), data.numel() * int64_t(data.element_size()));
+}
+
 // (ISA in use, every ISA this machine has, why none is in use, matrix_unit_types()): one of the
 // first and third is "".
 std::tuple<std::string, std::string, std::string, std::string> cpu_kernels() {
@@ -188,6 +194,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "needs) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks, "
       "Tensor grad_slopes, Tensor grad_distance_values, Tensor grad_dense_bias)");
+  m.def("advise_large_pages(Tensor data) -> ()");
   m.def("fma_peak(float seconds, bool bfloat16=False) -> float");
   m.def("read_rate(Tensor data) -> float");
   m.def("cpu_kernels() -> (str name, str detected, str error, str matrix_types)");
@@ -199,6 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {
+  m.impl("advise_large_pages", TORCH_BOX(&manyheads::advise_large_pages));
   m.impl("fma_peak", TORCH_BOX(&manyheads::fma_peak));
   m.impl("read_rate", TORCH_BOX(&manyheads::read_rate));
   m.impl("cpu_kernels", TORCH_BOX(&manyheads::cpu_kernels));

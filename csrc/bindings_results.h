@@ -28,11 +28,12 @@ inline Tensor empty(Type type, int64_t rank, const int64_t* sizes, const int64_t
   return Tensor(handle);
 }
 
-// Fresh memory of this size comes from the system one small page at a time, at a fault each; asking
-// for large pages saves most of them. Below, the C library keeps freed memory and gives it again.
+// Fresh memory comes from the system one small page at a time, at a fault each; asking for large
+// pages saves most of them. From this size on the C library usually gives freed memory back, so
+// that the next call's is fresh again.
 inline void prefer_large_pages(void* data, int64_t bytes) {
 #ifdef __linux__
-  constexpr int64_t kFresh = int64_t(32) << 20;  // the C library's largest mmap threshold
+  constexpr int64_t kFresh = int64_t(4) << 20;
   constexpr uintptr_t kPage = 4096;
   if (bytes < kFresh) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;

@@ -2,6 +2,7 @@
 #include "pairs_avx512.h"
 #include "kernel/entry_pairs.h"
 #include "kernel/pairs_amx.h"
+#include "kernel/peak_amx.h"
 // clang-format on
 
 namespace manyheads {
@@ -19,5 +20,7 @@ const Kernels kKernelsAmxFp16{"amx_fp16",
                               num_stage_items,
                               backward,
                               kFlopsPerStep,
-                              multiply_add};
+                              multiply_add,
+                              kTileFlopsPerStep,
+                              multiply_tile_pairs};
 }  // namespace manyheads

@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jagged": {"masks"},
     "functional": {"dispatch", "jagged", "masks", "positions", "caches", "spec", "arguments"},
     "weights": {"arguments"},
+    "projection": {"_ops"},
     "module": {
-        *("functional", "masks", "positions", "rotary", "caches"),
+        *("functional", "masks", "positions", "rotary", "caches", "projection"),
         *("jagged", "spec", "weights", "arguments"),
     },
     "inspect": {"functional", "definition", "masks", "positions", "spec", "arguments"},

@@ -26,6 +26,8 @@ FARTHEST = 1 << 29
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """As PyTorch's attention under torch.autocast: floating tensors, but for float64, are cast."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -40,9 +42,8 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless the three are floating tensors of one dtype and device whose sizes fit."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise_no_tensor(name, tensor)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        _raise_not_tensors(query=query, key=key, value=value)
     q, k, v = query.shape, key.shape, value.shape
     rank = len(q)
     if rank not in (3, 4) or len(k) != rank or len(v) != rank:
@@ -67,7 +68,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"devices differ: got query on {device}, key on {key.device}, value on {value.device}; "
             "expected one device; move them with .to(query.device)"
         )
-    if k[:-1] != v[:-1]:
+    if k[-2] != v[-2] or k[-3] != v[-3] or k[0] != v[0]:
         raise ShapeError(
             f"key and value do not fit: got {_shapes(query, key, value)}; expected the same batch, "
             "heads and length in key and value; only their last axis may differ"
@@ -215,6 +216,11 @@ def raise_no_tensor(name: str, value: Any) -> NoReturn:
         f"{name} is not a tensor: got {type(value).__name__}; expected torch.Tensor; "
         "torch.as_tensor converts arrays and lists"
     )
+
+
+def _raise_not_tensors(**inputs: Any) -> NoReturn:
+    name = next(name for name, value in inputs.items() if not isinstance(value, Tensor))
+    raise_no_tensor(name, inputs[name])
 
 
 def raise_not_bool(mask: Tensor) -> NoReturn:

@@ -24,6 +24,7 @@ from manyheads.arguments import (
 from manyheads.dispatch import Explanation
 from manyheads.errors import StrictError
 from manyheads.spec import (
+    NO_BIAS,
     AttentionCall,
     AttentionSpec,
     BandPlan,
@@ -296,9 +297,10 @@ def prepare(
     needs_grad = torch.is_grad_enabled() and _requires_grad(call)
     transformed = _transformed()
     causal = isinstance(plan, BandPlan) and plan.is_top_left_causal(query_positions)
+    kinds = () if bias is NO_BIAS else bias.kinds
     fields = (
         batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim, dtype, device.type, plan.kind,
-        bias.kinds, softcap is not None, sinks is not None, dropout_p > 0.0, needs_grad, needs_lse,
+        kinds, softcap is not None, sinks is not None, dropout_p > 0.0, needs_grad, needs_lse,
         causal, transformed, transformed and _forward_mode(),
     )  # fmt: skip
     return call, fields, unbatched

@@ -22,6 +22,7 @@ from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.functional import attention
 from manyheads.masks import Mask
 from manyheads.positions import ScoreBias, as_bias
+from manyheads.projection import project
 from manyheads.rotary import Rotary
 from manyheads.spec import Geometry, PerBatch
 
@@ -205,9 +206,9 @@ class MultiHeadAttention(nn.Module):
                 mask=mask, attn_bias=attn_bias, cache=cache, query_start=query_start,
             )  # fmt: skip
             return out[0]
-        q = self._heads(self.q_proj(query), self.num_heads, self.q_norm)
-        k = self._heads(self.k_proj(key), self.num_kv_heads, self.k_norm)
-        v = self._heads(self.v_proj(value), self.num_kv_heads)
+        q = self._heads(project(self.q_proj, query), self.num_heads, self.q_norm)
+        k = self._heads(project(self.k_proj, key), self.num_kv_heads, self.k_norm)
+        v = self._heads(project(self.v_proj, value), self.num_kv_heads)
 
         past = 0
         if cache is not None:
@@ -236,8 +237,7 @@ class MultiHeadAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             query_start=query_start,
         )  # fmt: skip
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def _forward_jagged(
         self,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
-from manyheads.spec import BiasPlan, Geometry
+from manyheads.spec import NO_BIAS, BiasPlan, Geometry
 
 
 class ScoreBias(nn.Module):
@@ -266,7 +266,7 @@ def lower_bias(
         DeviceError: a part is on another device.
     """
     if attn_bias is None:
-        return BiasPlan()
+        return NO_BIAS
     if isinstance(attn_bias, Tensor):
         _check_dense(attn_bias)
         return _lower_dense(attn_bias, geometry, dtype)

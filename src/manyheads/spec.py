@@ -11,7 +11,7 @@ axis: query row r stands at key position p, key j at position j.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from torch import Tensor
 PerBatch: TypeAlias = int | Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(NamedTuple):
     """The sizes a mask or bias is lowered for.
 
     `query_start` is what the caller gave (None: not given, so masks may align the queries
@@ -36,8 +35,7 @@ class Geometry:
     query_start: PerBatch | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class QueryPositions:
+class QueryPositions(NamedTuple):
     """Where each query row stands on the key axis: p = start + r, or p = rows[b, r].
 
     start: int or int32 [B], used where `rows` is None.
@@ -90,9 +88,10 @@ class BandPlan:
 
     def is_top_left_causal(self, positions: QueryPositions) -> bool:
         """Whether this is exactly "key j <= query row r", told without reading a tensor."""
-        whole = (self.left, self.key_end, positions.rows) == (None, None, None)
-        numbers = (self.right, self.first_n, self.key_start, positions.start)
-        return whole and all(isinstance(n, int) and n == 0 for n in numbers)
+        for number in (self.right, self.first_n, self.key_start, positions.start):
+            if not isinstance(number, int) or number != 0:
+                return False
+        return self.left is None and self.key_end is None and positions.rows is None
 
     def materialize(self, geometry: Geometry, positions: QueryPositions) -> Tensor:
         p = positions.materialize(geometry)[:, None, :, None]
@@ -222,7 +221,11 @@ class AttentionSpec:
     forward_mode: bool = False  # of these, forward-mode differentiation
 
 
-@dataclass(frozen=True, slots=True)
+#: Adds nothing.
+NO_BIAS = BiasPlan()
+
+
+@dataclass(slots=True)  # not frozen: that makes one cost a microsecond, of every decoding step
 class AttentionCall:
     """One validated call, as a backend receives it.
 

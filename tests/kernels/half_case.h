@@ -29,7 +29,7 @@ struct HalfCase {
   void add(const Case& made, const void* data, const void*& half_data, const void*& wide_data);
 };
 
-// Kernels that multiply bfloat16 as it is round weights to it; all others widen, compute in float32
+// Kernels that multiply a half type as it is round weights to it; others widen, compute in float32
 // and round once.
 bool rounds_weights(const Kernels& kernels, Type type);
 

@@ -24,7 +24,6 @@ from manyheads.spec import (
     BandPlan,
     DensePlan,
     IntervalsPlan,
-    PerBatch,
 )
 
 NAME = "native"
@@ -139,31 +138,28 @@ def _band(call: AttentionCall) -> tuple[list[int], Tensor | None]:
         if isinstance(start, int):
             return [start, _ops.UNBOUNDED, _ops.UNBOUNDED, 0, 0, k_len, 1, 0], None
         plan = BandPlan()
-    numbers: list[PerBatch] = [
+    band: list[Any] = [
         start,
         _ops.UNBOUNDED if plan.left is None else plan.left,
         _ops.UNBOUNDED if plan.right is None else plan.right,
         plan.first_n,
         plan.key_start,
         k_len if plan.key_end is None else plan.key_end,
+        int(plan.first_within_right),
+        0,
     ]
-    band: list[int] = []
     per_batch: list[Tensor] = []
-    bits = 0
-    for i, number in enumerate(numbers):
+    for i, number in enumerate(band):
         if isinstance(number, Tensor):
             per_batch.append(number.to(torch.int32))
-            bits |= 1 << i
-            band.append(0)
-        else:
-            band.append(number)
-    band += [int(plan.first_within_right), bits]
+            band[i] = 0
+            band[-1] |= 1 << i
     return band, torch.stack(per_batch) if per_batch else None
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor itself unless its last axis is strided; the kernels take every other stride."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
 def _float(tensor: Tensor) -> Tensor:

@@ -73,10 +73,10 @@ def block_of(call: AttentionCall, begin: int, end: int) -> Block:
 
 def rows_of(call: AttentionCall, begin: int, end: int) -> AttentionCall:
     """The call for query rows [begin, end) alone, where they stood."""
-    geometry = replace(call.geometry, q_len=end - begin)
+    geometry = call.geometry._replace(q_len=end - begin)
     positions = call.positions
     if positions.rows is not None:
-        positions = replace(positions, rows=positions.rows[:, begin:end])
+        positions = QueryPositions(rows=positions.rows[:, begin:end])
     else:
         positions = QueryPositions(positions.start + begin)
     bias = call.bias

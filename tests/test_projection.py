@@ -1,0 +1,252 @@
+"""Projections computed by shorter ways: the same numbers, and the layer itself where it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_close_to_oracle
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from manyheads import MultiHeadAttention, projection
+from manyheads.projection import project
+
+HALF = (torch.bfloat16, torch.float16)
+INPUTS, OUTPUTS = 719, 739  # large enough for a product with a vector
+ROWS = 1423  # and with so many rows for large pages
+
+
+def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(INPUTS, OUTPUTS, bias=bias).to(dtype)
+
+
+def rows(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(1, count, INPUTS).to(dtype)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[list[str]]:
+    """The names of those of these functions of torch that were called."""
+    calls: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in names:
+            real = getattr(torch, name)
+
+            def spy(*args: Any, name: str = name, real: Any = real, **more: Any) -> Any:
+                calls.append(name)
+                return real(*args, **more)
+
+            patch.setattr(torch, name, spy)
+        yield calls
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_of_a_half_type_is_a_vector(dtype, bias, monkeypatch):
+    linear, x = layer(dtype, bias), rows(1, dtype)
+    with torch.no_grad(), counted(monkeypatch, "addmv", "mv") as calls:
+        actual = project(linear, x)
+        assert calls == ["addmv" if bias else "mv"]
+        eager = linear(x)
+    exact = layer(dtype, bias).double()(x.double()).detach()
+    assert actual.shape == eager.shape
+    assert_close_to_oracle(actual[None], exact[None], eager[None], dtype)
+    with torch.no_grad(), counted(monkeypatch, "addmv", "mv") as calls:
+        project(layer(), rows(1))
+        project(linear, rows(2, dtype))
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_large_result_lies_in_large_pages(dtype, bias, strided, monkeypatch):
+    linear, x = layer(dtype, bias), rows(2 * ROWS, dtype).view(2, ROWS, INPUTS)
+    if strided:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    advised = []
+    packet = torch.ops.manyheads.advise_large_pages
+    real = packet.default
+    monkeypatch.setattr(packet, "default", lambda t: advised.append(t.data_ptr()) or real(t))
+    with torch.no_grad():
+        # The layer rounds otherwise where it multiplies strided rows.
+        actual, expected = project(linear, x), linear(x.contiguous())
+        assert advised == [actual.data_ptr()]
+        project(linear, rows(3, dtype))
+    assert len(advised) == 1
+    assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride()
+
+
+def step(linear: nn.Linear) -> None:
+    linear.weight.grad = torch.ones_like(linear.weight)
+    torch.optim.SGD([linear.weight], lr=0.5).step()
+    linear.weight.grad = None
+
+
+CHANGES: dict[str, Callable[[nn.Linear], Any]] = {
+    "in place": lambda linear: linear.weight.mul_(3.0),
+    "behind autograd's back": lambda linear: linear.weight.data.mul_(3.0),
+    "load_state_dict": lambda linear: linear.load_state_dict(
+        {name: -tensor for name, tensor in linear.state_dict().items()}
+    ),
+    "a new parameter": lambda linear: setattr(
+        linear, "weight", nn.Parameter(torch.ones_like(linear.weight))
+    ),
+    "to another dtype": lambda linear: linear.to(torch.float16).weight.mul_(3.0),
+    "an optimizer's step": step,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("count", [1, 2 * ROWS])
+def test_a_changed_weight_is_seen_at_once(name, count):
+    linear = layer(torch.bfloat16)
+    with torch.no_grad():
+        before = project(linear, rows(count, torch.bfloat16))
+        CHANGES[name](linear)
+        x = rows(count, linear.weight.dtype)
+        actual, expected = project(linear, x), linear(x)
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-7)
+    assert not torch.allclose(before.float(), expected.float(), atol=0.1)
+
+
+class Louder(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
+def hooked(linear: nn.Linear) -> nn.Module:
+    linear.register_forward_hook(lambda module, args, out: 2.0 * out)
+    return linear
+
+
+def hooked_before(linear: nn.Linear) -> nn.Module:
+    linear.register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
+    return linear
+
+
+def replaced(linear: nn.Linear) -> nn.Module:
+    own = linear.forward
+    linear.forward = lambda x: 2.0 * own(x)  # type: ignore[method-assign]
+    return linear
+
+
+def louder(linear: nn.Linear) -> nn.Module:
+    changed = Louder(INPUTS, OUTPUTS, dtype=linear.weight.dtype)
+    changed.load_state_dict(linear.state_dict())
+    return changed
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2.0 * weight
+
+
+def parametrized(linear: nn.Linear) -> nn.Module:
+    linear.bias.data.mul_(2.0)
+    nn.utils.parametrize.register_parametrization(linear, "weight", Twice())
+    return linear
+
+
+def without_weight(linear: nn.Linear) -> nn.Module:
+    weight = 2.0 * linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+    linear.bias.data.mul_(2.0)
+    return linear
+
+
+OWN_RULES = [hooked, hooked_before, replaced, louder, parametrized, without_weight]
+
+
+@pytest.mark.parametrize("change", OWN_RULES)
+@pytest.mark.parametrize("count", [1, 2 * ROWS])
+def test_a_layer_that_is_more_than_its_weight_is_called(change, count):
+    x = rows(count, torch.bfloat16)
+    plain, changed = layer(torch.bfloat16), change(layer(torch.bfloat16))
+    with torch.no_grad():
+        assert torch.equal(project(changed, x), changed(x))
+        assert not torch.allclose(changed(x).float(), plain(x).float(), atol=0.1)
+
+
+def test_a_global_hook_sees_every_layer():
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(module)
+    )
+    attend = MultiHeadAttention(12, 3).eval()
+    try:
+        with torch.no_grad():
+            attend(torch.randn(1, 5, 12))
+    finally:
+        handle.remove()
+    assert seen == [attend.q_proj, attend.k_proj, attend.v_proj, attend.out_proj, attend]
+
+
+@pytest.mark.parametrize("count", [1, 2 * ROWS])
+def test_flops_are_counted(count):
+    linear, x = layer(torch.bfloat16), rows(count, torch.bfloat16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        project(linear, x)
+    assert counter.get_total_flops() == 2 * count * INPUTS * OUTPUTS
+
+
+# PyTorch's forward mode loads its rules with torch.jit.script, which is deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("count", [1, 2 * ROWS])
+def test_transforms_and_autocast(count):
+    linear, x = layer(torch.bfloat16), rows(count, torch.bfloat16)
+    with torch.no_grad():
+        expected = linear(x)
+        mapped = torch.func.vmap(lambda x: project(linear, x))(torch.stack([x, x]))
+        with forward_ad.dual_level():
+            dual = project(linear, forward_ad.make_dual(x, x))
+            tangent = forward_ad.unpack_dual(dual).tangent
+        wide = layer()
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = project(wide, rows(count))
+    torch.testing.assert_close(mapped[1], expected, rtol=2**-7, atol=2**-7)
+    without_bias = nn.functional.linear(x, linear.weight)
+    torch.testing.assert_close(tangent, without_bias, rtol=2**-7, atol=2**-7)
+    assert cast.dtype == torch.bfloat16
+    torch.testing.assert_close(cast, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("count", [1, 2 * ROWS])
+def test_gradients_flow_where_they_are_wanted(count):
+    linear, x = layer(torch.bfloat16), rows(count, torch.bfloat16).requires_grad_()
+    out = project(linear, x)
+    out.sum().backward()
+    assert linear.weight.grad is not None and x.grad is not None
+    torch.testing.assert_close(
+        linear.bias.grad.float(), torch.full((OUTPUTS,), float(count)), rtol=2**-7, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_module_without_gradient_gives_what_it_gives_with_one(mode):
+    torch.manual_seed(0)
+    attend = MultiHeadAttention(768, 12).to(torch.bfloat16).eval()
+    x = torch.randn(1, 2741, 768).to(torch.bfloat16)
+    with_gradient = attend(x)
+    assert with_gradient.requires_grad
+    with mode():
+        without = attend(x)
+    assert without.is_inference() == (mode is torch.inference_mode)
+    assert torch.equal(without, with_gradient)
+
+
+def test_without_the_library(monkeypatch):
+    linear, x = layer(), rows(2 * ROWS)
+    monkeypatch.setattr(projection._ops, "LIBRARY_ERROR", "gone")
+    monkeypatch.setattr(torch.ops.manyheads.advise_large_pages, "default", None)
+    with torch.no_grad():
+        assert torch.equal(project(linear, x), linear(x))
