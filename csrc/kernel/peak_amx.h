@@ -21,7 +21,7 @@ float multiply_tile_pairs(int64_t steps) {
   load_tile<kTileB>(pairs, 64);
   for (int64_t step = 0; step < steps; ++step)
     for_tiles<0, kSumTiles>(
-        [](auto n) noexcept { multiply_tiles<decltype(n)::value, kTileA, kTileB>(); });
+        [](auto n) noexcept { multiply_tiles<decltype(n)::value, kTileA, kTileB>(Bfloat16{}); });
   store_tile<0>(sums, 64);
   give_back_tiles();
   return sums[0];
