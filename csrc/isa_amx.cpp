@@ -1,6 +1,6 @@
 // clang-format off: the vectors come first, the kernels are written over them
 #include "pairs_avx512.h"
-#include "kernel/entry_pairs.h"
+#include "kernel/backward_pairs.h"
 #include "kernel/pairs_amx.h"
 // clang-format on
 
@@ -15,9 +15,9 @@ const Kernels kKernelsAmx{"amx",
                           pair_forward<TileUnit>,
                           backward_shared_bytes,
                           partial_bytes,
-                          backward_scratch_bytes,
+                          pair_backward_scratch_bytes<TileUnit>,
                           num_stage_items,
-                          backward,
+                          pair_backward<TileUnit>,
                           kFlopsPerStep,
                           multiply_add};
 }  // namespace manyheads

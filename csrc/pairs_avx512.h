@@ -56,9 +56,14 @@ inline VecPairs zip(const uint16_t* first, const uint16_t* second, int64_t n) {
   const __m256i high = _mm256_maskz_loadu_epi16(second ? real : 0, second);
   return zip_halves(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
-// Rounded to the nearest, ties to even; NaN stays NaN.
-inline VecPairs zip(Vec first, Vec second) {
-  return zip_halves((__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+// Both rounded to the nearest, ties to even, one after the other; NaN stays NaN.
+inline VecPairs narrow(Vec first, Vec second) {
+  return {(__m512i)_mm512_cvtne2ps_pbh(second.v, first.v)};
+}
+inline VecPairs zip(Vec first, Vec second) { return zip_halves(narrow(first, second).v); }
+inline void store_halves(Pair* first, Pair* second, VecPairs x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(x.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64(x.v, 1));
 }
 
 inline void transpose(VecPairs (&rows)[16]) {  // words are moved, whatever they mean

@@ -15,6 +15,7 @@
 
 namespace {
 
+// Q and dO are packed as the products want them: what is said here is of those in float32.
 struct BackwardTile {
   Tile tile;                      // tile.query is Qᵀ [D][lanes]
   float* grad_out;                // dOᵀ [Dv][lanes]
@@ -38,6 +39,7 @@ struct BackwardWork {
   float* grad;        // [kBlock][lanes]: dP, then dS
   float* kept;        // [kBlock][lanes] under dropout: what weights are multiplied by
   float* by_query;    // [lanes][kQueryRow]: dS transposed, where a bias wants it
+  float* narrowed;    // P and dS in bfloat16, where pairs of those are multiplied
   const float* zeros;
 };
 constexpr int64_t kQueryRow = kBlock + Vec::kLanes;

@@ -57,26 +57,48 @@ template <int N, class Use>
   use(last, at(last));
 }
 
+// add(row, c) for rows [begin, end), of which `sums` begin with row `first`.
+template <int N, class Add>
+[[gnu::always_inline]] inline void add_rows(const float* sums, int64_t first, int64_t begin,
+                                            int64_t end, const Add& add) {
+  constexpr int W = Vec::kLanes;
+  const auto add_some = [&](auto rows) noexcept {
+    constexpr int R = decltype(rows)::value;
+    for (; begin + R <= end; begin += R) {
+      Vec c[R][N];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+        for (int n = 0; n < N; ++n) c[r][n] = load(sums + ((begin - first + r) * N + n) * W);
+      add(begin, c);
+    }
+  };
+  add_some(Number<4>{});
+  add_some(Number<1>{});
+}
+
 struct TileUnit {
   static constexpr int64_t kTerms = 2 * kLinePairs;
   static constexpr bool kFetchesAhead = false;  // made no difference
   static void begin_item() { set_up_tiles(); }
   static void end_item() { give_back_tiles(); }
 
+  static int64_t pairs_of(int64_t numbers) { return pairs_of_row(numbers); }
+
   template <int N>
-  static void scores(const Forward& call, const Tile& tile, const Workspace& work,
-                     const PairKeys& kv, const Block& block, float* running_max) {
+  static void scores(const Pair* rows, int64_t width, const Pair* columns, const Block& block,
+                     Prefetcher&, float* scores, float* running_max) {
     constexpr int W = Vec::kLanes;
-    const int64_t pairs = key_pairs(call), first = block.begin / kTileRows * kTileRows;
+    const int64_t pairs = pairs_of(width), first = block.begin / kTileRows * kTileRows;
     Vec largest[N];
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) largest[n] = running_max ? load(running_max + n * W) : zero();
-    multiply_groups<N>(kv.key + first * pairs, pairs, reinterpret_cast<const Pair*>(tile.query),
-                       pairs, (block.end - first + kTileRows - 1) / kTileRows,
-                       work.scores + first * (N * W), -1, [&](int64_t i, const float*) noexcept {
+    multiply_groups<N>(rows + first * pairs, pairs, columns, pairs,
+                       (block.end - first + kTileRows - 1) / kTileRows, scores + first * (N * W),
+                       -1, [&](int64_t i, const float*) noexcept {
                          const int64_t row = first + i * kTileRows;
                          if (running_max)
-                           take_max<N>(work, maximum(row, block.begin),
+                           take_max<N>(scores, maximum(row, block.begin),
                                        minimum(row + kTileRows, block.end), largest);
                        });
 #pragma GCC unroll 3
@@ -84,25 +106,19 @@ struct TileUnit {
       if (running_max) store(running_max + n * W, largest[n]);
   }
 
-  template <int N>
-  static void values(const Forward& call, const Workspace&, const PairKeys& kv, const Pair* weights,
-                     int64_t begin, int64_t end, AddToOut<N> add) {
-    constexpr int W = Vec::kLanes, L = N * W;
+  // Reads whole tiles: of `a` so many rows, of both so many pairs.
+  template <int N, class Add>
+  static void multiply(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, int64_t begin,
+                       int64_t end, Prefetcher&, Add add) {
+    constexpr int64_t L = N * Vec::kLanes;
     alignas(64) float sums[2 * kTileRows * L];
-    Vec factor[N];
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) factor[n] = load(add.factor + n * W);
-    multiply_groups<N>(kv.value + begin / 2, kKeyPairs, weights + begin / 2 * L, (end - begin) / 2,
-                       (call.Dv + kTileRows - 1) / kTileRows, sums, 1,
-                       [&](int64_t group, const float* c) noexcept {
-                         const int64_t first = group * kTileRows;
-                         float* to = add.out + first * L;
-                         const int64_t rows = minimum(kTileRows, call.Dv - first);
-                         for (int64_t row = 0; row < rows; ++row, to += L, c += L)
-#pragma GCC unroll 3
-                           for (int n = 0; n < N; ++n)
-                             store(to + n * W, fma(load(to + n * W), factor[n], load(c + n * W)));
-                       });
+    const int64_t first = begin / kTileRows * kTileRows;
+    multiply_groups<N>(
+        a + first * stride, stride, b, pairs, (end - first + kTileRows - 1) / kTileRows, sums, 1,
+        [&](int64_t group, const float* c) noexcept {
+          const int64_t row = first + group * kTileRows;
+          add_rows<N>(c, row, maximum(row, begin), minimum(row + kTileRows, end), add);
+        });
   }
 };
 

@@ -1,0 +1,218 @@
+// The products of the backward pass on pairs of bfloat16, as those of the forward pass in pairs.h:
+// K, Q, V and dO are what they are, P and dS are rounded, every sum is float32.
+//
+//   product             pairs along    packed
+//   Sᵀ = K Qᵀ           columns        K by rows once per superblock, Qᵀ once per tile
+//   dPᵀ = V dOᵀ         columns        V and dOᵀ likewise
+//   dV += Pᵀ dO         queries        P rounded in place of its rows, dO by pairs of rows per tile
+//   dK += dSᵀ Q         queries        dS and Q likewise
+//   dQᵀ += Kᵀ dSᵀ       keys           K by columns once per superblock, pairs of dS's rows
+//
+// Scores have the forward pass's own bits, and delta is a product of the same kind as dP, so that
+// what backward_block.h promises of both holds here too.
+#pragma once
+
+#include "backward.h"
+#include "entry_pairs.h"
+
+namespace {
+
+// Lanes of a row of P and dS by queries, a whole number of tiles of pairs.
+constexpr int64_t kQueryPairs = (kMaxLanes + 2 * kLinePairs - 1) / (2 * kLinePairs) * kLinePairs;
+
+// K and V of a superblock, or of one of its blocks, packed; and K as it lies.
+struct PairKeysBackward {
+  const Pair *key, *value;  // [keys][pairs of a row]
+  const Pair* key_columns;  // [blocks][D][kKeyPairs]
+  const uint8_t* finite;    // [blocks]: without inf and NaN in K, which are 0 in key_columns
+  const uint16_t* key_rows;
+  int64_t key_stride;
+};
+
+// Rows of one lane each, by pairs of rows: panel after panel, each [query pairs][panel's columns],
+// padded with zeros to whole tiles.
+template <class RowOf>
+inline void pack_panel_pairs(int64_t count, int64_t width, Pair* to, RowOf row_of) {
+  constexpr int W = Vec::kLanes;
+  const int64_t lanes = 2 * pairs_of_row(count);
+  for_panels(width, [&](auto panel, int64_t first) {
+    constexpr int N = panel.vectors;
+    Pair* q = to + first * (lanes / 2);
+    for (int64_t lane = 0; lane < lanes; lane += 2) {
+      const auto at = [&](int64_t i) {
+        return i < count ? static_cast<const uint16_t*>(row_of(int(i))) + first : nullptr;
+      };
+      const uint16_t *row = at(lane), *next = at(lane + 1);
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n, q += W) {
+        const int64_t columns = minimum(width - first - n * W, W);
+        store(q, row ? zip(row + n * W, next ? next + n * W : nullptr, columns) : no_pairs());
+      }
+    }
+  });
+}
+
+// Rows [begin, end) of the block, both even, rounded; 0 where the block has no such row. `by_query`
+// is [kBlock][kQueryPairs], `by_key` [kKeyPairs][lanes] or null.
+template <int N>
+[[gnu::noinline]] void narrow_rows(const Block& block, int64_t begin, int64_t end,
+                                   const float* from, Pair* by_query, Pair* by_key) {
+  constexpr int W = Vec::kLanes, L = N * W;
+  const auto narrow_two = [&](int64_t row, auto load_from) {
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      const VecPairs both = narrow(load_from(row, n), load_from(row + 1, n));
+      Pair* const to = by_query + row * kQueryPairs + n * (W / 2);
+      store_halves(to, to + kQueryPairs, both);
+      if (by_key) store(by_key + row / 2 * L + n * W, zip_halves(both.v));
+    }
+    if constexpr (N == 1) {  // up to a whole tile of pairs, where other tiles' lanes may lie
+      Pair* const to = by_query + row * kQueryPairs + W / 2;
+      store_halves(to, to + kQueryPairs, no_pairs());
+    }
+  };
+  const auto at = [&](int64_t row, int n) { return load(from + row * L + n * W); };
+  const auto at_edge = [&](int64_t row, int n) {
+    return row >= block.begin && row < block.end ? at(row, n) : zero();
+  };
+  int64_t row = begin;
+  for (; row < block.begin; row += 2) narrow_two(row, at_edge);
+  for (; row + 2 <= block.end; row += 2) narrow_two(row, at);
+  for (; row < end; row += 2) narrow_two(row, at_edge);
+}
+
+template <class Unit>
+struct PairsBackward {
+  using Keys = PairKeysBackward;
+  static int64_t column_pairs(const Forward& call) {
+    return round_up(call.D, Vec::kLanes) * kKeyPairs;
+  }
+  static int64_t packed_floats(const Forward& call, int64_t keys) {
+    const int64_t blocks = keys / kBlock;
+    return keys * (key_pairs(call) + pairs_of_row(call.Dv)) + blocks * column_pairs(call) + blocks;
+  }
+  // P and dS by queries, dS by keys.
+  static constexpr int64_t kNarrowedFloats = 2 * kBlock * kQueryPairs + kKeyPairs * kMaxLanes;
+  static int64_t column_floats(int64_t width) { return pairs_of_row(width) * kMaxLanes; }
+  static int64_t row_floats(int64_t width) { return padded(width) * kQueryPairs; }
+
+  static Keys load(const Forward& call, const void* k, const void* v, int64_t rows, float* packed) {
+    const int64_t keys = superblock_keys(call), blocks = keys / kBlock;
+    Pair* const key = reinterpret_cast<Pair*>(packed);
+    Pair* const value = key + keys * key_pairs(call);
+    Pair* const columns = value + keys * pairs_of_row(call.Dv);
+    uint8_t* const finite = reinterpret_cast<uint8_t*>(columns + blocks * column_pairs(call));
+    const uint16_t* const key_rows = static_cast<const uint16_t*>(k);
+    const int64_t stride = call.key_stride[2];
+    pack_pairs(key_rows, stride, rows, call.D, key);
+    pack_pairs(static_cast<const uint16_t*>(v), call.value_stride[2], rows, call.Dv, value);
+    for (int64_t i = 0; i * kBlock < rows; ++i)
+      finite[i] =
+          pack_columns(key_rows + i * kBlock * stride, stride, minimum(kBlock, rows - i * kBlock),
+                       call.D, columns + i * column_pairs(call));
+    return {key, value, columns, finite, key_rows, stride};
+  }
+  static Keys block_at(const Forward& call, const Keys& kv, int64_t row) {
+    const int64_t i = row / kBlock;
+    return {kv.key + row * key_pairs(call),          kv.value + row * pairs_of_row(call.Dv),
+            kv.key_columns + i * column_pairs(call), kv.finite + i,
+            kv.key_rows + row * kv.key_stride,       kv.key_stride};
+  }
+
+  template <class QueryOf, class GradOf>
+  static void pack(const Backward& back, BackwardTile& t, QueryOf query_of, GradOf grad_of) {
+    const Forward& call = back.forward;
+    pack_query_pairs(call, t.tile);
+    pack_column_pairs(t.tile.vectors, call.Dv, false, reinterpret_cast<Pair*>(t.grad_out), grad_of);
+    Pair* const grads = reinterpret_cast<Pair*>(t.grad_rows);
+    Pair* const queries = reinterpret_cast<Pair*>(t.query_rows);
+    if (back.grad_value) pack_panel_pairs(t.tile.count, call.Dv, grads, grad_of);
+    if (back.grad_key) pack_panel_pairs(t.tile.count, call.D, queries, query_of);
+  }
+
+  // Every row of `left` with every one of `right`, as dP is: it is the product that has the order.
+  static Vec dot_rows(const Forward& call, const void* const* left, const void* const* right,
+                      Prefetcher& soon) {
+    constexpr int W = Vec::kLanes;
+    constexpr int64_t kMostPairs = kMaxHeadDim / 2;
+    alignas(64) Pair rows[W * kMostPairs], columns[kMostPairs * W];
+    alignas(64) float products[W * W], diagonal[W];
+    for (int i = 0; i < W; ++i)
+      pack_pairs(static_cast<const uint16_t*>(left[i]), 0, 1, call.Dv,
+                 rows + i * pairs_of_row(call.Dv));
+    pack_column_pairs(1, call.Dv, false, columns, [&](int lane) { return right[lane]; });
+    Unit::template scores<1>(rows, call.Dv, columns, Block{0, 0, W, 0, 0}, soon, products, nullptr);
+    for (int i = 0; i < W; ++i) diagonal[i] = products[i * W + i];
+    return ::load(diagonal);
+  }
+
+  template <int N>
+  static void compute_scores(const Forward& call, const BackwardTile& t, const BackwardWork& work,
+                             const Keys& kv, const Block& block) {
+    Unit::template scores<N>(kv.key, call.D, reinterpret_cast<const Pair*>(t.tile.query), block,
+                             *work.forward.soon, work.forward.scores, nullptr);
+  }
+  template <int N>
+  static void compute_grads(const Forward& call, const BackwardTile& t, const BackwardWork& work,
+                            const Keys& kv, const Block& block) {
+    Unit::template scores<N>(kv.value, call.Dv, reinterpret_cast<const Pair*>(t.grad_out), block,
+                             *work.forward.soon, work.grad, nullptr);
+  }
+
+  template <int N>
+  static void add_products(const Backward& back, const BackwardTile& t, const BackwardWork& work,
+                           const Keys& kv, const Block& block, const KeySums& sums) {
+    constexpr int64_t L = N * Vec::kLanes;
+    const Forward& call = back.forward;
+    Prefetcher& soon = *work.forward.soon;
+    const int64_t begin = block.begin / Unit::kTerms * Unit::kTerms;
+    const int64_t end = round_up(block.end, Unit::kTerms);
+    Pair* const weights = reinterpret_cast<Pair*>(work.narrowed);
+    Pair* const grads = weights + kBlock * kQueryPairs;
+    Pair* const grads_by_key = grads + kBlock * kQueryPairs;
+    if (back.grad_value) {
+      narrow_rows<N>(block, begin, end, work.forward.scores, weights, nullptr);
+      multiply_query_pairs(t, block, weights, t.grad_rows, call.Dv, soon,
+                           rows_of(sums.grad_value, sums, block, call.Dv));
+    }
+    if (!back.grad_key && !back.grad_query) return;
+    narrow_rows<N>(block, begin, end, work.grad, grads, grads_by_key);
+    if (back.grad_key)
+      multiply_query_pairs(t, block, grads, t.query_rows, call.D, soon,
+                           rows_of(sums.grad_key, sums, block, call.D));
+    if (!back.grad_query) return;
+    Unit::template multiply<N>(kv.key_columns + begin / 2, kKeyPairs, grads_by_key + begin / 2 * L,
+                               (end - begin) / 2, 0, call.D, soon, AddToRows<N>{t.grad_query, L});
+    if (!*kv.finite)
+      add_not_finite<N>(kv.key_rows, kv.key_stride, call.D, block, grads_by_key, t.grad_query);
+  }
+
+  // sums[key] += sum over the tile's queries of left[key][query] * right[query], for one block.
+  static void multiply_query_pairs(const BackwardTile& t, const Block& block, const Pair* left,
+                                   const float* right, int64_t width, Prefetcher& soon,
+                                   float* sums) {
+    const int64_t count = t.tile.count, packed = pairs_of_row(count), stride = padded(width);
+    for_panels(width, [&](auto panel, int64_t first) {
+      constexpr int N = panel.vectors;
+      Unit::template multiply<N>(
+          left, kQueryPairs, reinterpret_cast<const Pair*>(right) + first * packed,
+          Unit::pairs_of(count), block.begin, block.end, soon, AddToRows<N>{sums + first, stride});
+    });
+  }
+};
+
+template <class Unit>
+int64_t pair_backward_scratch_bytes(const Backward& back) {
+  return uses_pairs(back.forward) ? lay_out<PairsBackward<Unit>>(back, nullptr).bytes
+                                  : backward_scratch_bytes(back);
+}
+
+template <class Unit>
+void pair_backward(const Backward& back, Stage stage, int64_t item, void* scratch) {
+  if (!uses_pairs(back.forward)) return backward(back, stage, item, scratch);
+  Unit::begin_item();
+  run_stage<PairsBackward<Unit>>(back, stage, item, scratch);
+  Unit::end_item();
+}
+
+}  // namespace
