@@ -86,23 +86,6 @@ inline void pack_panels(const Forward& call, int64_t count, int64_t width, float
   });
 }
 
-template <int N>
-struct AddToRows {
-  float* sums;
-  int64_t stride;
-  template <int R>
-  void operator()(int64_t row, Vec (&c)[R][N]) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) {
-        float* p = sums + (row + r) * stride + n * Vec::kLanes;
-        store(p, load(p) + c[r][n]);
-      }
-    }
-  }
-};
-
 // Weights P in place of scores and dS in place of dP, for rows [begin, end). Where kMasked, a pair
 // that does not attend gets -0 for both, whatever dP is.
 template <int N, bool kMasked>

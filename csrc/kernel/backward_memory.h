@@ -119,7 +119,7 @@ inline BackwardScratch lay_out(const Backward& back, void* start) {
     float* grad_out = arena.take<float>(Products::column_floats(call.Dv));
     float* query_rows = arena.take<float>(Products::row_floats(call.D));
     float* grad_rows = arena.take<float>(Products::row_floats(call.Dv));
-    float* grad_query = arena.take<float>(call.D * kMaxLanes);
+    float* grad_query = arena.take<float>(padded(call.D) * kMaxLanes);
     if (!start) continue;
     BackwardTile& t = scratch.tiles[i];
     t.tile.query = query;

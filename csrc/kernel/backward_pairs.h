@@ -52,38 +52,87 @@ inline void pack_panel_pairs(int64_t count, int64_t width, Pair* to, RowOf row_o
   });
 }
 
-// Rows [begin, end) of the block, both even, rounded; 0 where the block has no such row. `by_query`
-// is [kBlock][kQueryPairs], `by_key` [kKeyPairs][lanes] or null.
+// P and dS of some rows of a block, rounded.
+struct NarrowedRows {
+  Pair *weights, *grads;  // [rows][kQueryPairs]: pairs of neighbouring queries
+  Pair* grads_by_key;     // [rows / 2][lanes]: pairs of neighbouring keys
+};
+
 template <int N>
-[[gnu::noinline]] void narrow_rows(const Block& block, int64_t begin, int64_t end,
-                                   const float* from, Pair* by_query, Pair* by_key) {
+[[gnu::always_inline]] inline void narrow_two(int64_t row, const Vec (&weight)[2][N],
+                                              const Vec (&grad)[2][N], const NarrowedRows& to) {
   constexpr int W = Vec::kLanes, L = N * W;
-  const auto narrow_two = [&](int64_t row, auto load_from) {
+  Pair* const weights = to.weights + row * kQueryPairs;
+  Pair* const grads = to.grads + row * kQueryPairs;
 #pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) {
-      const VecPairs both = narrow(load_from(row, n), load_from(row + 1, n));
-      Pair* const to = by_query + row * kQueryPairs + n * (W / 2);
-      store_halves(to, to + kQueryPairs, both);
-      if (by_key) store(by_key + row / 2 * L + n * W, zip_halves(both.v));
-    }
-    if constexpr (N == 1) {  // up to a whole tile of pairs, where other tiles' lanes may lie
-      Pair* const to = by_query + row * kQueryPairs + W / 2;
-      store_halves(to, to + kQueryPairs, no_pairs());
+  for (int n = 0; n < N; ++n) {
+    const int64_t i = n * (W / 2);
+    const VecPairs both = narrow(grad[0][n], grad[1][n]);
+    store_halves(weights + i, weights + kQueryPairs + i, narrow(weight[0][n], weight[1][n]));
+    store_halves(grads + i, grads + kQueryPairs + i, both);
+    store(to.grads_by_key + row / 2 * L + n * W, zip_halves(both.v));
+  }
+  if constexpr (N == 1) {  // up to a whole tile of pairs, where other tiles' lanes may lie
+    store_halves(weights + W / 2, weights + kQueryPairs + W / 2, no_pairs());
+    store_halves(grads + W / 2, grads + kQueryPairs + W / 2, no_pairs());
+  }
+}
+
+// The block's rows of P and dS, and zeros for others of [begin, end), both even. With
+// kDifferentiates they are made here from S and dP, as differentiate does.
+template <int N, bool kDifferentiates>
+[[gnu::noinline]] void narrow_rows(const BackwardTile& t, const BackwardWork& work, Vec unit,
+                                   const Block& block, int64_t begin, int64_t end,
+                                   const NarrowedRows& to) {
+  constexpr int W = Vec::kLanes, L = N * W;
+  Vec max[N], inverse[N], delta[N];
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) {
+    max[n] = load(t.max + n * W);
+    inverse[n] = load(t.inverse_sum + n * W);
+    delta[n] = load(t.delta + n * W);
+  }
+  const auto take = [&](int64_t row, int n, bool masks, Vec& weight, Vec& grad) {
+    weight = load(work.forward.scores + row * L + n * W);
+    grad = load(work.grad + row * L + n * W);
+    if constexpr (kDifferentiates) {
+      const Lanes masked = equal(weight, set(-kInfinity));
+      weight = exp2((weight - max[n]) * unit) * inverse[n];
+      grad = weight * (grad - delta[n]);
+      if (!masks) return;
+      weight = select(masked, set(-0.0f), weight);
+      grad = select(masked, set(-0.0f), grad);
     }
   };
-  const auto at = [&](int64_t row, int n) { return load(from + row * L + n * W); };
-  const auto at_edge = [&](int64_t row, int n) {
-    return row >= block.begin && row < block.end ? at(row, n) : zero();
+  Vec weight[2][N], grad[2][N];
+  const auto at_edge = [&](int64_t row) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) {
+        weight[i][n] = grad[i][n] = zero();
+        if (row + i >= block.begin && row + i < block.end)
+          take(row + i, n, true, weight[i][n], grad[i][n]);
+      }
+    narrow_two<N>(row, weight, grad, to);
   };
   int64_t row = begin;
-  for (; row < block.begin; row += 2) narrow_two(row, at_edge);
-  for (; row + 2 <= block.end; row += 2) narrow_two(row, at);
-  for (; row < end; row += 2) narrow_two(row, at_edge);
+  for (; row < block.core_begin; row += 2) at_edge(row);
+  for (; row + 2 <= block.core_end; row += 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) take(row + i, n, false, weight[i][n], grad[i][n]);
+    narrow_two<N>(row, weight, grad, to);
+  }
+  for (; row < end; row += 2) at_edge(row);
 }
 
 template <class Unit>
 struct PairsBackward {
   using Keys = PairKeysBackward;
+  static constexpr int64_t kRows = 32;
+  static constexpr bool kDifferentiates = true;
   static int64_t column_pairs(const Forward& call) {
     return round_up(call.D, Vec::kLanes) * kKeyPairs;
   }
@@ -91,8 +140,7 @@ struct PairsBackward {
     const int64_t blocks = keys / kBlock;
     return keys * (key_pairs(call) + pairs_of_row(call.Dv)) + blocks * column_pairs(call) + blocks;
   }
-  // P and dS by queries, dS by keys.
-  static constexpr int64_t kNarrowedFloats = 2 * kBlock * kQueryPairs + kKeyPairs * kMaxLanes;
+  static constexpr int64_t kNarrowedFloats = 2 * kRows * kQueryPairs + kRows / 2 * kMaxLanes;
   static int64_t column_floats(int64_t width) { return pairs_of_row(width) * kMaxLanes; }
   static int64_t row_floats(int64_t width) { return padded(width) * kQueryPairs; }
 
@@ -112,11 +160,14 @@ struct PairsBackward {
                        call.D, columns + i * column_pairs(call));
     return {key, value, columns, finite, key_rows, stride};
   }
-  static Keys block_at(const Forward& call, const Keys& kv, int64_t row) {
+  static Keys rows_at(const Forward& call, const Keys& kv, int64_t row) {
     const int64_t i = row / kBlock;
-    return {kv.key + row * key_pairs(call),          kv.value + row * pairs_of_row(call.Dv),
-            kv.key_columns + i * column_pairs(call), kv.finite + i,
-            kv.key_rows + row * kv.key_stride,       kv.key_stride};
+    return {kv.key + row * key_pairs(call),
+            kv.value + row * pairs_of_row(call.Dv),
+            kv.key_columns + i * column_pairs(call) + row % kBlock / 2,
+            kv.finite + i,
+            kv.key_rows + row * kv.key_stride,
+            kv.key_stride};
   }
 
   template <class QueryOf, class GradOf>
@@ -161,42 +212,42 @@ struct PairsBackward {
 
   template <int N>
   static void add_products(const Backward& back, const BackwardTile& t, const BackwardWork& work,
-                           const Keys& kv, const Block& block, const KeySums& sums) {
+                           const Keys& kv, const Block& block, bool final, const KeySums& sums) {
     constexpr int64_t L = N * Vec::kLanes;
     const Forward& call = back.forward;
     Prefetcher& soon = *work.forward.soon;
     const int64_t begin = block.begin / Unit::kTerms * Unit::kTerms;
     const int64_t end = round_up(block.end, Unit::kTerms);
-    Pair* const weights = reinterpret_cast<Pair*>(work.narrowed);
-    Pair* const grads = weights + kBlock * kQueryPairs;
-    Pair* const grads_by_key = grads + kBlock * kQueryPairs;
-    if (back.grad_value) {
-      narrow_rows<N>(block, begin, end, work.forward.scores, weights, nullptr);
-      multiply_query_pairs(t, block, weights, t.grad_rows, call.Dv, soon,
+    const Vec unit = set(score_unit(call));
+    NarrowedRows rows;
+    rows.weights = reinterpret_cast<Pair*>(work.narrowed);
+    rows.grads = rows.weights + kRows * kQueryPairs;
+    rows.grads_by_key = rows.grads + kRows * kQueryPairs;
+    final ? narrow_rows<N, true>(t, work, unit, block, begin, end, rows)
+          : narrow_rows<N, false>(t, work, unit, block, begin, end, rows);
+    if (back.grad_value)
+      multiply_query_pairs(t, block, rows.weights, t.grad_rows, call.Dv, soon,
                            rows_of(sums.grad_value, sums, block, call.Dv));
-    }
-    if (!back.grad_key && !back.grad_query) return;
-    narrow_rows<N>(block, begin, end, work.grad, grads, grads_by_key);
     if (back.grad_key)
-      multiply_query_pairs(t, block, grads, t.query_rows, call.D, soon,
+      multiply_query_pairs(t, block, rows.grads, t.query_rows, call.D, soon,
                            rows_of(sums.grad_key, sums, block, call.D));
     if (!back.grad_query) return;
-    Unit::template multiply<N>(kv.key_columns + begin / 2, kKeyPairs, grads_by_key + begin / 2 * L,
-                               (end - begin) / 2, 0, call.D, soon, AddToRows<N>{t.grad_query, L});
+    Unit::template accumulate<N>(kv.key_columns + begin / 2, kKeyPairs,
+                                 rows.grads_by_key + begin / 2 * L, (end - begin) / 2, 0, call.D,
+                                 soon, t.grad_query, L);
     if (!*kv.finite)
-      add_not_finite<N>(kv.key_rows, kv.key_stride, call.D, block, grads_by_key, t.grad_query);
+      add_not_finite<N>(kv.key_rows, kv.key_stride, call.D, block, rows.grads_by_key, t.grad_query);
   }
 
-  // sums[key] += sum over the tile's queries of left[key][query] * right[query], for one block.
+  // sums[key] += sum over the tile's queries of left[key][query] * right[query], for the block.
   static void multiply_query_pairs(const BackwardTile& t, const Block& block, const Pair* left,
                                    const float* right, int64_t width, Prefetcher& soon,
                                    float* sums) {
-    const int64_t count = t.tile.count, packed = pairs_of_row(count), stride = padded(width);
+    const int64_t count = t.tile.count, packed = pairs_of_row(count);
     for_panels(width, [&](auto panel, int64_t first) {
-      constexpr int N = panel.vectors;
-      Unit::template multiply<N>(
+      Unit::template accumulate<panel.vectors>(
           left, kQueryPairs, reinterpret_cast<const Pair*>(right) + first * packed,
-          Unit::pairs_of(count), block.begin, block.end, soon, AddToRows<N>{sums + first, stride});
+          Unit::pairs_of(count), block.begin, block.end, soon, sums + first, padded(width));
     });
   }
 };

@@ -10,6 +10,8 @@ namespace {
 
 struct WidenedBackward {
   using Keys = KeyValue;
+  static constexpr int64_t kRows = kBlock;        // of a block, multiplied one after the other
+  static constexpr bool kDifferentiates = false;  // whether add_products does
   static int64_t packed_floats(const Forward& call, int64_t keys) {
     return keys * ((packs_key(call) ? call.D : 0) + (packs_value(call) ? call.Dv : 0));
   }
@@ -31,8 +33,8 @@ struct WidenedBackward {
     }
     return kv;
   }
-  // That of the block that begins at this row of the superblock.
-  static Keys block_at(const Forward&, const Keys& kv, int64_t row) {
+  // From this row of the superblock on, a multiple of kRows.
+  static Keys rows_at(const Forward&, const Keys& kv, int64_t row) {
     return {kv.key + row * kv.key_stride, kv.value + row * kv.value_stride, kv.key_stride,
             kv.value_stride};
   }
@@ -86,10 +88,11 @@ struct WidenedBackward {
     multiply_columns<N>(call, kv.value, kv.value_stride, t.grad_out, call.Dv, block,
                         *work.forward.soon, work.grad, nullptr);
   }
-  // dV += Pᵀ dO, dK += dSᵀ Q, dQᵀ += Kᵀ dSᵀ
+  // dV += Pᵀ dO, dK += dSᵀ Q, dQᵀ += Kᵀ dSᵀ. Under kDifferentiates and `final` it is given S and
+  // dP.
   template <int N>
   static void add_products(const Backward& back, const BackwardTile& t, const BackwardWork& work,
-                           const Keys& kv, const Block& block, const KeySums& sums) {
+                           const Keys& kv, const Block& block, bool, const KeySums& sums) {
     const Forward& call = back.forward;
     Prefetcher& soon = *work.forward.soon;
     if (back.grad_value)

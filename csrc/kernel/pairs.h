@@ -9,7 +9,7 @@
 //   kFetchesAhead         whether it prefetches what work.soon lists
 //   begin_item, end_item  called around each work item
 //   pairs_of              how many pairs it takes a sum of so many numbers for
-//   scores<N>, multiply<N>  as below in VectorUnit
+//   scores<N>, multiply<N>, accumulate<N>  as below in VectorUnit
 #pragma once
 
 #include "forward.h"
@@ -210,6 +210,12 @@ struct VectorUnit {
   static void multiply(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, int64_t begin,
                        int64_t end, Prefetcher& soon, Add add) {
     multiply_rows<N, false>(a, stride, b, pairs, begin, end, soon, add);
+  }
+  // sums[row] += a[row] . b for rows [begin, end), and at least these; `sums` is [rows][width].
+  template <int N>
+  static void accumulate(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, int64_t begin,
+                         int64_t end, Prefetcher& soon, float* sums, int64_t width) {
+    multiply_rows<N, false>(a, stride, b, pairs, begin, end, soon, AddToRows<N>{sums, width});
   }
 };
 
