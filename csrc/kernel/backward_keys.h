@@ -18,14 +18,12 @@ inline void start_backward_tile(const Backward& back, const Shared& shared, cons
   const Forward& call = back.forward;
   Tile& tile = t.tile;
   place_tile(call, tile);
-  Products::pack(
-      back, t,
-      [&](int lane) {
-        return attending_row(call, tile, call.query, call.query_stride, zeros, lane);
-      },
-      [&](int lane) {
-        return attending_row(call, tile, back.grad_out, back.grad_out_stride, zeros, lane);
-      });
+  const void *queries[kMaxLanes], *grads[kMaxLanes];
+  for (int lane = 0; lane < tile.lanes(); ++lane) {
+    queries[lane] = attending_row(call, tile, call.query, call.query_stride, zeros, lane);
+    grads[lane] = attending_row(call, tile, back.grad_out, back.grad_out_stride, zeros, lane);
+  }
+  Products::pack(back, t, queries, grads);
   for (int lane = 0; lane < tile.lanes(); ++lane) {
     const int64_t row = row_index(call, tile, lane);
     const float max = call.row_max[row], sum = call.row_sum[row];
@@ -37,11 +35,12 @@ inline void start_backward_tile(const Backward& back, const Shared& shared, cons
   for (int64_t i = 0; i < call.D * tile.lanes(); i += Vec::kLanes) store(t.grad_query + i, zero());
 }
 
-// Rows of a block, all of which fit Products::kRows.
 template <int N, class Products>
-void backward_rows(const Backward& back, BackwardTile& t, const BackwardWork& work,
-                   const typename Products::Keys& kv, Block block, const KeySums& sums) {
+void backward_block(const Backward& back, BackwardTile& t, const BackwardWork& work,
+                    const typename Products::Keys& kv, int64_t key_of_block, const KeySums& sums) {
   const Forward& call = back.forward;
+  Block block;
+  if (!find_block(call, t.tile, work.forward, key_of_block, block)) return;
   Products::template compute_scores<N>(call, t, work, kv, block);
   make_logits<N>(call, t.tile, block, work.forward);
   Vec unused[N];
@@ -65,28 +64,6 @@ void backward_rows(const Backward& back, BackwardTile& t, const BackwardWork& wo
     if (call.softcap != 0) through_softcap<N>(work, block);
   }
   Products::template add_products<N>(back, t, work, kv, block, final, sums);
-}
-
-template <int N, class Products>
-void backward_block(const Backward& back, BackwardTile& t, const BackwardWork& work,
-                    const typename Products::Keys& kv, int64_t row_of_block, const KeySums& sums) {
-  const Forward& call = back.forward;
-  Block all;
-  if (!find_block(call, t.tile, work.forward, sums.key + row_of_block, all)) return;
-  for (int64_t row = all.begin / Products::kRows * Products::kRows; row < all.end;
-       row += Products::kRows) {
-    const auto clipped = [&](int64_t x, int64_t low, int64_t high) {
-      return minimum(maximum(x - row, low), high);
-    };
-    Block block{all.key + row, clipped(all.begin, 0, Products::kRows),
-                clipped(all.end, 0, Products::kRows), 0, 0};
-    block.core_begin = clipped(all.core_begin, block.begin, block.end);
-    block.core_end = clipped(all.core_end, block.core_begin, block.end);
-    BackwardWork here = work;
-    if (here.forward.allowed) here.forward.allowed += row * N * Vec::kLanes;
-    backward_rows<N, Products>(back, t, here, Products::rows_at(call, kv, row_of_block + row),
-                               block, sums);
-  }
 }
 
 // to = factor * from, or with `add` that much more; rows [0, rows) of `width`.
@@ -233,14 +210,17 @@ inline void run_group(const Backward& back, const Unit& unit, const typename Pro
   const int64_t begin = maximum(keys.begin, unit.begin) / kBlock * kBlock;
   const int64_t end = minimum(keys.end, unit.end);
   for (int64_t key = begin; key < end; key += kBlock) {
-    const int64_t row = key - unit.begin;
+    const auto block = Products::block_at(back.forward, kv, key - unit.begin);
     for (int64_t i = 0; i < count; ++i) {
       BackwardTile& t = scratch.tiles[i];
       if (key >= t.tile.keys.end || key + kBlock <= t.tile.keys.begin) continue;
       const int vectors = t.tile.vectors;
-      if (vectors == 3) backward_block<3, Products>(back, t, scratch.work, kv, row, scratch.sums);
-      if (vectors == 2) backward_block<2, Products>(back, t, scratch.work, kv, row, scratch.sums);
-      if (vectors == 1) backward_block<1, Products>(back, t, scratch.work, kv, row, scratch.sums);
+      if (vectors == 3)
+        backward_block<3, Products>(back, t, scratch.work, block, key, scratch.sums);
+      if (vectors == 2)
+        backward_block<2, Products>(back, t, scratch.work, block, key, scratch.sums);
+      if (vectors == 1)
+        backward_block<1, Products>(back, t, scratch.work, block, key, scratch.sums);
     }
   }
   for (int64_t i = 0; i < count; ++i) flush_tile(back, unit, scratch.tiles[i], shared);

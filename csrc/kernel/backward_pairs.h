@@ -31,24 +31,24 @@ struct PairKeysBackward {
 
 // Rows of one lane each, by pairs of rows: panel after panel, each [query pairs][panel's columns],
 // padded with zeros to whole tiles.
-template <class RowOf>
-inline void pack_panel_pairs(int64_t count, int64_t width, Pair* to, RowOf row_of) {
+inline void pack_panel_pairs(int64_t count, int64_t width, Pair* to, const void* const* rows) {
   constexpr int W = Vec::kLanes;
-  const int64_t lanes = 2 * pairs_of_row(count);
+  const int64_t pairs = pairs_of_row(count);
   for_panels(width, [&](auto panel, int64_t first) {
     constexpr int N = panel.vectors;
-    Pair* q = to + first * (lanes / 2);
-    for (int64_t lane = 0; lane < lanes; lane += 2) {
-      const auto at = [&](int64_t i) {
-        return i < count ? static_cast<const uint16_t*>(row_of(int(i))) + first : nullptr;
-      };
-      const uint16_t *row = at(lane), *next = at(lane + 1);
+    Pair* q = to + first * pairs;
+    const auto at = [&](int64_t lane) { return static_cast<const uint16_t*>(rows[lane]) + first; };
+    const auto store_row = [&](const uint16_t* row, const uint16_t* next) {
 #pragma GCC unroll 3
       for (int n = 0; n < N; ++n, q += W) {
-        const int64_t columns = minimum(width - first - n * W, W);
-        store(q, row ? zip(row + n * W, next ? next + n * W : nullptr, columns) : no_pairs());
+        const int64_t i = n * W, columns = minimum(width - first - i, W);
+        store(q, zip(row + i, next ? next + i : nullptr, columns));
       }
-    }
+    };
+    int64_t lane = 0;
+    for (; lane + 2 <= count; lane += 2) store_row(at(lane), at(lane + 1));
+    if (lane < count) store_row(at(lane), nullptr);
+    for (Pair* const end = to + (first + N * W) * pairs; q < end; q += W) store(q, no_pairs());
   });
 }
 
@@ -131,7 +131,6 @@ template <int N, bool kDifferentiates>
 template <class Unit>
 struct PairsBackward {
   using Keys = PairKeysBackward;
-  static constexpr int64_t kRows = 32;
   static constexpr bool kDifferentiates = true;
   static int64_t column_pairs(const Forward& call) {
     return round_up(call.D, Vec::kLanes) * kKeyPairs;
@@ -140,7 +139,7 @@ struct PairsBackward {
     const int64_t blocks = keys / kBlock;
     return keys * (key_pairs(call) + pairs_of_row(call.Dv)) + blocks * column_pairs(call) + blocks;
   }
-  static constexpr int64_t kNarrowedFloats = 2 * kRows * kQueryPairs + kRows / 2 * kMaxLanes;
+  static constexpr int64_t kNarrowedFloats = 2 * kBlock * kQueryPairs + kKeyPairs * kMaxLanes;
   static int64_t column_floats(int64_t width) { return pairs_of_row(width) * kMaxLanes; }
   static int64_t row_floats(int64_t width) { return padded(width) * kQueryPairs; }
 
@@ -160,25 +159,23 @@ struct PairsBackward {
                        call.D, columns + i * column_pairs(call));
     return {key, value, columns, finite, key_rows, stride};
   }
-  static Keys rows_at(const Forward& call, const Keys& kv, int64_t row) {
+  static Keys block_at(const Forward& call, const Keys& kv, int64_t row) {
     const int64_t i = row / kBlock;
-    return {kv.key + row * key_pairs(call),
-            kv.value + row * pairs_of_row(call.Dv),
-            kv.key_columns + i * column_pairs(call) + row % kBlock / 2,
-            kv.finite + i,
-            kv.key_rows + row * kv.key_stride,
-            kv.key_stride};
+    return {kv.key + row * key_pairs(call),          kv.value + row * pairs_of_row(call.Dv),
+            kv.key_columns + i * column_pairs(call), kv.finite + i,
+            kv.key_rows + row * kv.key_stride,       kv.key_stride};
   }
 
-  template <class QueryOf, class GradOf>
-  static void pack(const Backward& back, BackwardTile& t, QueryOf query_of, GradOf grad_of) {
+  static void pack(const Backward& back, BackwardTile& t, const void* const* queries,
+                   const void* const* grads) {
     const Forward& call = back.forward;
     pack_query_pairs(call, t.tile);
-    pack_column_pairs(t.tile.vectors, call.Dv, false, reinterpret_cast<Pair*>(t.grad_out), grad_of);
-    Pair* const grads = reinterpret_cast<Pair*>(t.grad_rows);
-    Pair* const queries = reinterpret_cast<Pair*>(t.query_rows);
-    if (back.grad_value) pack_panel_pairs(t.tile.count, call.Dv, grads, grad_of);
-    if (back.grad_key) pack_panel_pairs(t.tile.count, call.D, queries, query_of);
+    pack_column_pairs(t.tile.vectors, call.Dv, false, reinterpret_cast<Pair*>(t.grad_out),
+                      [&](int lane) { return grads[lane]; });
+    Pair* const grad_rows = reinterpret_cast<Pair*>(t.grad_rows);
+    Pair* const query_rows = reinterpret_cast<Pair*>(t.query_rows);
+    if (back.grad_value) pack_panel_pairs(t.tile.count, call.Dv, grad_rows, grads);
+    if (back.grad_key) pack_panel_pairs(t.tile.count, call.D, query_rows, queries);
   }
 
   // Every row of `left` with every one of `right`, as dP is: it is the product that has the order.
@@ -221,8 +218,8 @@ struct PairsBackward {
     const Vec unit = set(score_unit(call));
     NarrowedRows rows;
     rows.weights = reinterpret_cast<Pair*>(work.narrowed);
-    rows.grads = rows.weights + kRows * kQueryPairs;
-    rows.grads_by_key = rows.grads + kRows * kQueryPairs;
+    rows.grads = rows.weights + kBlock * kQueryPairs;
+    rows.grads_by_key = rows.grads + kBlock * kQueryPairs;
     final ? narrow_rows<N, true>(t, work, unit, block, begin, end, rows)
           : narrow_rows<N, false>(t, work, unit, block, begin, end, rows);
     if (back.grad_value)

@@ -10,7 +10,6 @@ namespace {
 
 struct WidenedBackward {
   using Keys = KeyValue;
-  static constexpr int64_t kRows = kBlock;        // of a block, multiplied one after the other
   static constexpr bool kDifferentiates = false;  // whether add_products does
   static int64_t packed_floats(const Forward& call, int64_t keys) {
     return keys * ((packs_key(call) ? call.D : 0) + (packs_value(call) ? call.Dv : 0));
@@ -33,16 +32,18 @@ struct WidenedBackward {
     }
     return kv;
   }
-  // From this row of the superblock on, a multiple of kRows.
-  static Keys rows_at(const Forward&, const Keys& kv, int64_t row) {
+  // Those of the block that begins at this row of the superblock.
+  static Keys block_at(const Forward&, const Keys& kv, int64_t row) {
     return {kv.key + row * kv.key_stride, kv.value + row * kv.value_stride, kv.key_stride,
             kv.value_stride};
   }
 
-  // query_of, grad_of: a lane's row of Q and of dO.
-  template <class QueryOf, class GradOf>
-  static void pack(const Backward& back, BackwardTile& t, QueryOf query_of, GradOf grad_of) {
+  // Each lane's row of Q and of dO.
+  static void pack(const Backward& back, BackwardTile& t, const void* const* queries,
+                   const void* const* grads) {
     const Forward& call = back.forward;
+    const auto query_of = [&](int lane) { return queries[lane]; };
+    const auto grad_of = [&](int lane) { return grads[lane]; };
     pack_query(call, t.tile);
     pack_columns(call, t.tile, call.Dv, set(1.0f), t.grad_out, grad_of);
     if (back.grad_value) pack_panels(call, t.tile.count, call.Dv, t.grad_rows, grad_of);
