@@ -70,7 +70,7 @@ struct AddToOut {
   float* out;
   const float* factor;  // [lanes]
   template <int R>
-  void operator()(int64_t row, Vec (&c)[R][N]) const {
+  void operator()(int64_t row, Vec (&c)[R][N]) const noexcept {  // see pairs_amx.h
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) {
       const Vec f = load(factor + n * Vec::kLanes);
