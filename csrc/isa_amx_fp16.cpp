@@ -1,6 +1,6 @@
 // clang-format off: the vectors come first, the kernels are written over them
 #include "pairs_avx512.h"
-#include "kernel/entry_pairs.h"
+#include "kernel/backward_pairs.h"
 #include "kernel/pairs_amx.h"
 #include "kernel/peak_amx.h"
 // clang-format on
@@ -16,9 +16,9 @@ const Kernels kKernelsAmxFp16{"amx_fp16",
                               pair_forward<TileUnit<Bfloat16>, TileUnit<Float16>>,
                               backward_shared_bytes,
                               partial_bytes,
-                              backward_scratch_bytes,
+                              pair_backward_scratch_bytes<TileUnit<Bfloat16>>,
                               num_stage_items,
-                              backward,
+                              pair_backward<TileUnit<Bfloat16>>,
                               kFlopsPerStep,
                               multiply_add,
                               kTileFlopsPerStep,

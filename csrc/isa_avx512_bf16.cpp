@@ -1,6 +1,6 @@
 // clang-format off: the vectors come first, the kernels are written over them
 #include "pairs_avx512.h"
-#include "kernel/entry_pairs.h"
+#include "kernel/backward_pairs.h"
 #include "kernel/peak_pairs.h"
 // clang-format on
 
@@ -15,9 +15,9 @@ const Kernels kKernelsAvx512Bf16{"avx512_bf16",
                                  pair_forward<VectorUnit>,
                                  backward_shared_bytes,
                                  partial_bytes,
-                                 backward_scratch_bytes,
+                                 pair_backward_scratch_bytes<VectorUnit>,
                                  num_stage_items,
-                                 backward,
+                                 pair_backward<VectorUnit>,
                                  kFlopsPerStep,
                                  multiply_add,
                                  kPairFlopsPerStep,

@@ -36,12 +36,14 @@ inline VecPairs operator-(VecPairs x) {
   return {_mm512_xor_si512(x.v, _mm512_set1_epi32(int32_t(0x80008000)))};
 }
 
-// What a half type is: its exponent's bits, its rounding, to the nearest with ties to even and NaN
-// to NaN, and the factor that keeps the weights, at most 1, in its range of full precision.
+// What a half type is: its exponent's bits; its rounding, to the nearest with ties to even and NaN
+// to NaN; the factor that keeps the weights, at most 1, in its range of full precision; and whether
+// its range holds the gradients of scores, so that the backward pass can be computed in it.
 struct Bfloat16 {
   static constexpr manyheads::Type kType = manyheads::Type::bfloat16;
   static constexpr uint16_t kExponent = 0x7f80;
   static constexpr float kWeightScale = 1;
+  static constexpr bool kHasBackward = true;
   static __m512i round(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v); }
   static float widen(uint16_t half) {
     const uint32_t bits = uint32_t(half) << 16;
@@ -54,6 +56,7 @@ struct Float16 {
   static constexpr manyheads::Type kType = manyheads::Type::float16;
   static constexpr uint16_t kExponent = 0x7c00;
   static constexpr float kWeightScale = 1 << 15;
+  static constexpr bool kHasBackward = false;
   static __m512i round(Vec low, Vec high) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low.v, kNearest)),
@@ -95,6 +98,10 @@ inline VecPairs zip(const uint16_t* first, const uint16_t* second, int64_t n) {
 template <class Half>
 inline VecPairs zip(Vec first, Vec second) {
   return zip_halves(Half::round(first, second));
+}
+inline void store_halves(Pair* first, Pair* second, VecPairs x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(x.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64(x.v, 1));
 }
 
 inline void transpose(VecPairs (&rows)[16]) {  // words are moved, whatever they mean

@@ -109,9 +109,11 @@ def assert_gradients_close(
         assert_close_to_oracle(ours, oracle, eager, dtype, floor)
 
 
-def logit_gradient_floor(problem: Problem, grad_out: Tensor) -> float:
+def logit_gradient_floor(
+    problem: Problem, grad_out: Tensor, dtype: torch.dtype = torch.float32
+) -> float:
     """What exact cancellation leaves in the gradient of a logit, P * (dP - sum of P * dP)."""
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(dtype).eps
     return eps * _largest(grad_out) * _largest(problem.value) * problem.value.shape[-1] ** 0.5
 
 

@@ -70,7 +70,7 @@ struct AddToOut {
   float* out;
   const float* factor;  // [lanes]
   template <int R>
-  void operator()(int64_t row, Vec (&c)[R][N]) const {
+  void operator()(int64_t row, Vec (&c)[R][N]) const noexcept {  // see pairs_amx.h
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) {
       const Vec f = load(factor + n * Vec::kLanes);
@@ -204,7 +204,7 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work,
   for (int n = 0; n < N; ++n) new_max[n] = load(tile.inner.max + n * W);
   if (!final) {
     mask_scores<N>(tile, block, work, block.begin, block.core_begin, new_max);
-    take_max<N>(work, block.core_begin, block.core_end, new_max);
+    take_max<N>(work.scores, block.core_begin, block.core_end, new_max);
     mask_scores<N>(tile, block, work, block.core_end, block.end, new_max);
   }
 #pragma GCC unroll 3

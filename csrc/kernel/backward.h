@@ -12,43 +12,27 @@
 #pragma once
 
 #include "backward_keys.h"
+#include "backward_widened.h"
 
 namespace {
 
 // Stage `rows`.
 
-// delta = sum over columns of dO * O, in the pieces and order in which dP is summed, less dlse.
-inline void find_delta(const Backward& back, const Tile& tile, const float* zeros,
+// delta = sum over columns of dO * O, in the order in which dP is summed, less dlse.
+template <class Products>
+inline void find_delta(const Backward& back, const Tile& tile, const BackwardWork& work,
                        const Shared& shared) {
   constexpr int W = Vec::kLanes;
   const Forward& call = back.forward;
-  const int64_t piece = piece_of_columns(call);
   for (int first = 0; first < tile.count; first += W) {
     const void *rows[W], *grad_rows[W];
     for (int i = 0; i < W; ++i) {
-      rows[i] = attending_row(call, tile, call.out, call.out_stride, zeros, first + i);
+      rows[i] = attending_row(call, tile, call.out, call.out_stride, work.zeros, first + i);
       grad_rows[i] =
-          attending_row(call, tile, back.grad_out, back.grad_out_stride, zeros, first + i);
-    }
-    Vec total = zero(), sum = zero();
-    for (int64_t d = 0; d < call.Dv; d += W) {
-      const int64_t columns = minimum(W, call.Dv - d);
-      Vec out[W], grad[W];
-      for (int i = 0; i < W; ++i) {
-        out[i] = load_row(call.type, rows[i], d, columns);
-        grad[i] = load_row(call.type, grad_rows[i], d, columns);
-      }
-      transpose(out);
-      transpose(grad);
-      for (int64_t i = 0; i < columns; ++i) {
-        sum = fma(out[i], grad[i], sum);
-        if ((d + i + 1) % piece != 0) continue;
-        total = total + sum;
-        sum = zero();
-      }
+          attending_row(call, tile, back.grad_out, back.grad_out_stride, work.zeros, first + i);
     }
     float delta[W];
-    store(delta, call.Dv % piece == 0 ? total : total + sum);
+    store(delta, Products::dot_rows(call, rows, grad_rows, *work.forward.soon));
     for (int i = 0; i < W && first + i < tile.count; ++i) {
       const int64_t row = row_index(call, tile, first + i);
       const bool nothing = call.row_sum[row] == 0;
@@ -63,6 +47,7 @@ inline void find_delta(const Backward& back, const Tile& tile, const float* zero
   }
 }
 
+template <class Products>
 inline void run_rows(const Backward& back, int64_t item, const BackwardScratch& scratch) {
   const Forward& call = back.forward;
   const Shared shared = lay_out_shared(back);
@@ -72,7 +57,7 @@ inline void run_rows(const Backward& back, int64_t item, const BackwardScratch& 
     name_tile(call, i / per_head, i % per_head, tile);
     place_tile(call, tile);
     shared.keys[i] = tile.keys;
-    find_delta(back, tile, scratch.work.zeros, shared);
+    find_delta<Products>(back, tile, scratch.work, shared);
   }
 }
 
@@ -173,17 +158,29 @@ int64_t num_stage_items(const Backward& back, Stage stage) {
   return groups.b * groups.hkv * (back.split_keys ? num_superblocks(call) : 1);
 }
 
-void backward(const Backward& back, Stage stage, int64_t item, void* memory) {
+template <class Products>
+void run_stage(const Backward& back, Stage stage, int64_t item, void* memory) {
   if (stage == Stage::start) {
     __builtin_memset(back.shared, 0, size_t(lay_out_shared(back).zeroed));
     return;
   }
-  BackwardScratch scratch = lay_out(back, memory);
+  BackwardScratch scratch = lay_out<Products>(back, memory);
   clear_sums(const_cast<float*>(scratch.work.zeros), maximum(back.forward.D, back.forward.Dv));
   scratch.work.forward.soon->clear();
-  if (stage == Stage::rows) run_rows(back, item, scratch);
-  if (stage == Stage::keys) run_keys(back, item, scratch);
+  if (stage == Stage::rows) run_rows<Products>(back, item, scratch);
+  if (stage == Stage::keys) {
+    clear_sums(scratch.work.narrowed, Products::kNarrowedFloats);
+    run_keys<Products>(back, item, scratch);
+  }
   if (stage == Stage::finish) run_finish(back, item, scratch);
+}
+
+int64_t backward_scratch_bytes(const Backward& back) {
+  return lay_out<WidenedBackward>(back, nullptr).bytes;
+}
+
+void backward(const Backward& back, Stage stage, int64_t item, void* scratch) {
+  run_stage<WidenedBackward>(back, stage, item, scratch);
 }
 
 }  // namespace

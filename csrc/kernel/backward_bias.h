@@ -20,6 +20,9 @@ inline bool dense_by_row(const Backward& back) {
 inline bool wants_by_query(const Backward& back) {
   return dense_by_pair(back) || dense_by_key(back) || back.grad_distance_values;
 }
+inline bool wants_bias_gradients(const Backward& back) {
+  return back.grad_slopes || dense_by_row(back) || wants_by_query(back);
+}
 
 template <int N>
 [[gnu::noinline]] void sum_over_keys(const Backward& back, const BackwardWork& work,

@@ -15,6 +15,7 @@
 
 namespace {
 
+// Q and dO are packed as the products want them: what is said here is of those in float32.
 struct BackwardTile {
   Tile tile;                      // tile.query is Qᵀ [D][lanes]
   float* grad_out;                // dOᵀ [Dv][lanes]
@@ -38,6 +39,7 @@ struct BackwardWork {
   float* grad;        // [kBlock][lanes]: dP, then dS
   float* kept;        // [kBlock][lanes] under dropout: what weights are multiplied by
   float* by_query;    // [lanes][kQueryRow]: dS transposed, where a bias wants it
+  float* narrowed;    // P and dS in bfloat16, where pairs of those are multiplied
   const float* zeros;
 };
 constexpr int64_t kQueryRow = kBlock + Vec::kLanes;
@@ -83,23 +85,6 @@ inline void pack_panels(const Forward& call, int64_t count, int64_t width, float
     }
   });
 }
-
-template <int N>
-struct AddToRows {
-  float* sums;
-  int64_t stride;
-  template <int R>
-  void operator()(int64_t row, Vec (&c)[R][N]) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) {
-        float* p = sums + (row + r) * stride + n * Vec::kLanes;
-        store(p, load(p) + c[r][n]);
-      }
-    }
-  }
-};
 
 // Weights P in place of scores and dS in place of dP, for rows [begin, end). Where kMasked, a pair
 // that does not attend gets -0 for both, whatever dP is.

@@ -12,21 +12,18 @@ struct Unit {
   int64_t head(const Forward& call) const { return b * call.Hkv + hkv; }
 };
 
+template <class Products>
 inline void start_backward_tile(const Backward& back, const Shared& shared, const float* zeros,
                                 BackwardTile& t) {
   const Forward& call = back.forward;
   Tile& tile = t.tile;
   place_tile(call, tile);
-  pack_query(call, tile);
-  const auto grad_of = [&](int lane) {
-    return attending_row(call, tile, back.grad_out, back.grad_out_stride, zeros, lane);
-  };
-  pack_columns(call, tile, call.Dv, set(1.0f), t.grad_out, grad_of);
-  if (back.grad_value) pack_panels(call, tile.count, call.Dv, t.grad_rows, grad_of);
-  if (back.grad_key)
-    pack_panels(call, tile.count, call.D, t.query_rows, [&](int lane) {
-      return attending_row(call, tile, call.query, call.query_stride, zeros, lane);
-    });
+  const void *queries[kMaxLanes], *grads[kMaxLanes];
+  for (int lane = 0; lane < tile.lanes(); ++lane) {
+    queries[lane] = attending_row(call, tile, call.query, call.query_stride, zeros, lane);
+    grads[lane] = attending_row(call, tile, back.grad_out, back.grad_out_stride, zeros, lane);
+  }
+  Products::pack(back, t, queries, grads);
   for (int lane = 0; lane < tile.lanes(); ++lane) {
     const int64_t row = row_index(call, tile, lane);
     const float max = call.row_max[row], sum = call.row_sum[row];
@@ -38,40 +35,35 @@ inline void start_backward_tile(const Backward& back, const Shared& shared, cons
   for (int64_t i = 0; i < call.D * tile.lanes(); i += Vec::kLanes) store(t.grad_query + i, zero());
 }
 
-template <int N>
+template <int N, class Products>
 void backward_block(const Backward& back, BackwardTile& t, const BackwardWork& work,
-                    const KeyValue& kv, int64_t key_of_block, const KeySums& sums) {
+                    const typename Products::Keys& kv, int64_t key_of_block, const KeySums& sums) {
   const Forward& call = back.forward;
-  Prefetcher& soon = *work.forward.soon;
   Block block;
   if (!find_block(call, t.tile, work.forward, key_of_block, block)) return;
-  multiply_columns<N>(call, kv.key, kv.key_stride, t.tile.query, call.D, block, soon,
-                      work.forward.scores, nullptr);
+  Products::template compute_scores<N>(call, t, work, kv, block);
   make_logits<N>(call, t.tile, block, work.forward);
   Vec unused[N];
   for (int n = 0; n < N; ++n) unused[n] = zero();
   mask_scores<N>(t.tile, block, work.forward, block.begin, block.core_begin, unused);
   mask_scores<N>(t.tile, block, work.forward, block.core_end, block.end, unused);
-  multiply_columns<N>(call, kv.value, kv.value_stride, t.grad_out, call.Dv, block, soon, work.grad,
-                      nullptr);
+  Products::template compute_grads<N>(call, t, work, kv, block);
   if (work.kept) {
     find_kept<N>(call, t.tile, block, work.kept);
     multiply_block<N>(block, work.kept, work.grad);
   }
-  const Vec unit = set(score_unit(call));
-  differentiate<N, true>(t, work, unit, block.begin, block.core_begin);
-  differentiate<N, false>(t, work, unit, block.core_begin, block.core_end);
-  differentiate<N, true>(t, work, unit, block.core_end, block.end);
-  if (work.kept) multiply_block<N>(block, work.kept, work.forward.scores);
-  add_bias_gradients<N>(back, work, block, sums, superblock_keys(call), t);
-  if (call.softcap != 0) through_softcap<N>(work, block);
-  if (back.grad_value)
-    multiply_queries<N>(t, block, work.forward.scores, t.grad_rows, call.Dv, soon,
-                        rows_of(sums.grad_value, sums, block, call.Dv));
-  if (back.grad_key)
-    multiply_queries<N>(t, block, work.grad, t.query_rows, call.D, soon,
-                        rows_of(sums.grad_key, sums, block, call.D));
-  if (back.grad_query) multiply_keys<N>(call, t, work, kv, block);
+  // dS is final where nothing more becomes of it.
+  const bool final = !work.kept && !wants_bias_gradients(back) && call.softcap == 0;
+  if (!Products::kDifferentiates || !final) {
+    const Vec unit = set(score_unit(call));
+    differentiate<N, true>(t, work, unit, block.begin, block.core_begin);
+    differentiate<N, false>(t, work, unit, block.core_begin, block.core_end);
+    differentiate<N, true>(t, work, unit, block.core_end, block.end);
+    if (work.kept) multiply_block<N>(block, work.kept, work.forward.scores);
+    add_bias_gradients<N>(back, work, block, sums, superblock_keys(call), t);
+    if (call.softcap != 0) through_softcap<N>(work, block);
+  }
+  Products::template add_products<N>(back, t, work, kv, block, final, sums);
 }
 
 // to = factor * from, or with `add` that much more; rows [0, rows) of `width`.
@@ -191,24 +183,6 @@ inline void flush_tile(const Backward& back, const Unit& unit, const BackwardTil
   }
 }
 
-inline KeyValue load_superblock(const Backward& back, const Unit& unit,
-                                const BackwardScratch& scratch) {
-  const Forward& call = back.forward;
-  const void* k = row_at(call.key, call.type, call.key_stride, unit.b, unit.hkv, unit.begin);
-  const void* v = row_at(call.value, call.type, call.value_stride, unit.b, unit.hkv, unit.begin);
-  KeyValue kv{static_cast<const float*>(k), static_cast<const float*>(v), call.D, call.Dv};
-  const int64_t rows = unit.end - unit.begin;
-  if (scratch.key) {
-    pack_rows(call.type, k, call.key_stride[2], rows, call.D, scratch.key);
-    kv.key = scratch.key;
-  }
-  if (scratch.value) {
-    pack_rows(call.type, v, call.value_stride[2], rows, call.Dv, scratch.value);
-    kv.value = scratch.value;
-  }
-  return kv;
-}
-
 // Has the rows of the tiles from `index` on, as many as make a group, in cache by the time this
 // group is done.
 inline void fetch_tiles(const Backward& back, const Unit& unit, int64_t index, Prefetcher& soon) {
@@ -223,39 +197,44 @@ inline void fetch_tiles(const Backward& back, const Unit& unit, int64_t index, P
 }
 
 // `count` tiles, block by block of the keys that any of them sees.
-inline void run_group(const Backward& back, const Unit& unit, const KeyValue& kv,
+template <class Products>
+inline void run_group(const Backward& back, const Unit& unit, const typename Products::Keys& kv,
                       const BackwardScratch& scratch, int64_t count, const Shared& shared) {
   Range keys{int32_t(unit.end), int32_t(unit.begin)};
   for (int64_t i = 0; i < count; ++i) {
     BackwardTile& t = scratch.tiles[i];
-    start_backward_tile(back, shared, scratch.work.zeros, t);
+    start_backward_tile<Products>(back, shared, scratch.work.zeros, t);
     if (t.tile.keys.begin < keys.begin) keys.begin = t.tile.keys.begin;
     if (t.tile.keys.end > keys.end) keys.end = t.tile.keys.end;
   }
   const int64_t begin = maximum(keys.begin, unit.begin) / kBlock * kBlock;
   const int64_t end = minimum(keys.end, unit.end);
   for (int64_t key = begin; key < end; key += kBlock) {
-    const int64_t row = key - unit.begin;
-    const KeyValue block{kv.key + row * kv.key_stride, kv.value + row * kv.value_stride,
-                         kv.key_stride, kv.value_stride};
+    const auto block = Products::block_at(back.forward, kv, key - unit.begin);
     for (int64_t i = 0; i < count; ++i) {
       BackwardTile& t = scratch.tiles[i];
       if (key >= t.tile.keys.end || key + kBlock <= t.tile.keys.begin) continue;
       const int vectors = t.tile.vectors;
-      if (vectors == 3) backward_block<3>(back, t, scratch.work, block, key, scratch.sums);
-      if (vectors == 2) backward_block<2>(back, t, scratch.work, block, key, scratch.sums);
-      if (vectors == 1) backward_block<1>(back, t, scratch.work, block, key, scratch.sums);
+      if (vectors == 3)
+        backward_block<3, Products>(back, t, scratch.work, block, key, scratch.sums);
+      if (vectors == 2)
+        backward_block<2, Products>(back, t, scratch.work, block, key, scratch.sums);
+      if (vectors == 1)
+        backward_block<1, Products>(back, t, scratch.work, block, key, scratch.sums);
     }
   }
   for (int64_t i = 0; i < count; ++i) flush_tile(back, unit, scratch.tiles[i], shared);
 }
 
+template <class Products>
 inline void run_unit(const Backward& back, const Unit& unit, BackwardScratch& scratch) {
   const Forward& call = back.forward;
   const Shared shared = lay_out_shared(back);
   const int64_t tiles = tiles_per_head(call);
   const Range* seen = shared.keys + unit.head(call) * tiles;
-  const KeyValue kv = load_superblock(back, unit, scratch);
+  const void* k = row_at(call.key, call.type, call.key_stride, unit.b, unit.hkv, unit.begin);
+  const void* v = row_at(call.value, call.type, call.value_stride, unit.b, unit.hkv, unit.begin);
+  const auto kv = Products::load(call, k, v, unit.end - unit.begin, scratch.packed);
   scratch.sums.key = unit.begin;
   bool flushed = false;
   for (int64_t span = 0; span < tiles; span += kSpanTiles) {
@@ -269,7 +248,7 @@ inline void run_unit(const Backward& back, const Unit& unit, BackwardScratch& sc
       if (!any) clear_keys(back, unit, scratch.sums);
       any = true;
       fetch_tiles(back, unit, i, *scratch.work.forward.soon);
-      run_group(back, unit, kv, scratch, count, shared);
+      run_group<Products>(back, unit, kv, scratch, count, shared);
     }
     if (!any) continue;
     flush_keys(back, unit, scratch.sums, flushed, shared);
@@ -291,6 +270,7 @@ inline HeadGroups head_groups(const Backward& back) {
           direct && !back.grad_dense_stride[1] ? 1 : call.Hkv};
 }
 
+template <class Products>
 inline void run_keys(const Backward& back, int64_t item, BackwardScratch& scratch) {
   const Forward& call = back.forward;
   const HeadGroups groups = head_groups(back);
@@ -303,7 +283,7 @@ inline void run_keys(const Backward& back, int64_t item, BackwardScratch& scratc
   for (int64_t b = b_first; b < b_first + b_each; ++b)
     for (int64_t hkv = hkv_first; hkv < hkv_first + hkv_each; ++hkv)
       for (int64_t s = first; s < last; ++s)
-        run_unit(back, {b, hkv, s, s * size, minimum((s + 1) * size, call.Lk)}, scratch);
+        run_unit<Products>(back, {b, hkv, s, s * size, minimum((s + 1) * size, call.Lk)}, scratch);
 }
 
 }  // namespace

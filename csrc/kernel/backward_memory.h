@@ -84,10 +84,11 @@ struct BackwardScratch {
   BackwardTile* tiles;
   BackwardWork work;
   KeySums sums;
-  float *key, *value;  // copies of a superblock, where rows do not follow each other
+  float* packed;  // copies of K and V of a superblock, as the products want them
   int64_t bytes;
 };
 
+template <class Products>
 inline BackwardScratch lay_out(const Backward& back, void* start) {
   const Forward& call = back.forward;
   Arena arena{static_cast<char*>(start)};
@@ -105,8 +106,8 @@ inline BackwardScratch lay_out(const Backward& back, void* start) {
   work.kept = call.dropout_threshold ? arena.take<float>(block) : nullptr;
   work.by_query = wants_by_query(back) ? arena.take<float>(kMaxLanes * kQueryRow) : nullptr;
   work.zeros = arena.take<float>(maximum(call.D, call.Dv));
-  scratch.key = packs_key(call) ? arena.take<float>(keys * call.D) : nullptr;
-  scratch.value = packs_value(call) ? arena.take<float>(keys * call.Dv) : nullptr;
+  work.narrowed = arena.take<float>(Products::kNarrowedFloats);
+  scratch.packed = arena.take<float>(Products::packed_floats(call, keys));
   KeySums& sums = scratch.sums;
   sums.grad_key = back.grad_key ? arena.take<float>(keys * padded(call.D)) : nullptr;
   sums.grad_value = back.grad_value ? arena.take<float>(keys * padded(call.Dv)) : nullptr;
@@ -114,11 +115,11 @@ inline BackwardScratch lay_out(const Backward& back, void* start) {
       back.grad_distance_values ? arena.take<float>(group * call.bias.num_distances) : nullptr;
   sums.dense_keys = dense_by_key(back) ? arena.take<float>(group * keys) : nullptr;
   for (int64_t i = 0; i < kGroupTiles; ++i) {
-    float* query = arena.take<float>(call.D * kMaxLanes);
-    float* grad_out = arena.take<float>(call.Dv * kMaxLanes);
-    float* query_rows = arena.take<float>(padded(call.D) * kMaxLanes);
-    float* grad_rows = arena.take<float>(padded(call.Dv) * kMaxLanes);
-    float* grad_query = arena.take<float>(call.D * kMaxLanes);
+    float* query = arena.take<float>(Products::column_floats(call.D));
+    float* grad_out = arena.take<float>(Products::column_floats(call.Dv));
+    float* query_rows = arena.take<float>(Products::row_floats(call.D));
+    float* grad_rows = arena.take<float>(Products::row_floats(call.Dv));
+    float* grad_query = arena.take<float>(padded(call.D) * kMaxLanes);
     if (!start) continue;
     BackwardTile& t = scratch.tiles[i];
     t.tile.query = query;
@@ -130,8 +131,6 @@ inline BackwardScratch lay_out(const Backward& back, void* start) {
   scratch.bytes = arena.used;
   return scratch;
 }
-
-int64_t backward_scratch_bytes(const Backward& back) { return lay_out(back, nullptr).bytes; }
 
 inline void name_tile(const Forward& call, int64_t head, int64_t index, Tile& tile) {
   const int64_t lanes = tile_lanes(call);

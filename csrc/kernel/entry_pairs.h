@@ -8,9 +8,12 @@
 
 namespace {
 
+// Nor is a type used for a call that a backward pass will follow which has to widen: that one finds
+// the same scores again only if they were widened here.
 template <class Unit>
 inline bool multiplies(const Forward& call) {
-  return call.type == Unit::Half::kType && !decodes(call);
+  using Half = typename Unit::Half;
+  return call.type == Half::kType && !decodes(call) && (Half::kHasBackward || !call.row_max);
 }
 
 template <class... Units>

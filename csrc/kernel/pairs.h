@@ -9,7 +9,8 @@
 //   kTerms                numbers that it sums in one step
 //   kFetchesAhead         whether it prefetches what work.soon lists
 //   begin_item, end_item  called around each work item
-//   scores<N>, values<N>  as below in VectorUnit
+//   pairs_of              how many pairs it takes a sum of so many numbers for
+//   scores<N>, multiply<N>, accumulate<N>  as below in VectorUnit
 #pragma once
 
 #include "forward.h"
@@ -20,7 +21,8 @@ constexpr int64_t kLinePairs = 16;  // packed rows are zeros up to a multiple of
 constexpr int64_t kKeyPairs = kBlock / 2;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-inline int64_t key_pairs(const Forward& call) { return round_up(call.D, 2 * kLinePairs) / 2; }
+inline int64_t pairs_of_row(int64_t width) { return round_up(width, 2 * kLinePairs) / 2; }
+inline int64_t key_pairs(const Forward& call) { return pairs_of_row(call.D); }
 
 // K and V of one block, packed; and V as it lies.
 struct PairKeys {
@@ -67,25 +69,31 @@ inline bool pack_columns(const uint16_t* from, int64_t stride, int64_t rows, int
   return finite;
 }
 
-// Qᵀ of the tile's lanes, [key_pairs][lanes] pairs; as pack_query in tile.h.
-inline void pack_query_pairs(const Forward& call, Tile& tile) {
+// to[pair][lane] = row_of(lane)[pair], with zeros up to a whole row of pairs; `negative`: times -1.
+template <class RowOf>
+inline void pack_column_pairs(int vectors, int64_t width, bool negative, Pair* to, RowOf row_of) {
   constexpr int W = Vec::kLanes;
-  const int64_t lanes = tile.lanes();
-  Pair* const to = reinterpret_cast<Pair*>(tile.query);
-  for (int v = 0; v < tile.vectors; ++v) {
+  const int64_t lanes = vectors * W;
+  for (int v = 0; v < vectors; ++v) {
     const uint16_t* source[W];
-    for (int i = 0; i < W; ++i)
-      source[i] =
-          static_cast<const uint16_t*>(row_at(call.query, call.type, call.query_stride, tile.b,
-                                              tile.head[v * W + i], tile.row[v * W + i]));
-    for (int64_t d = 0; d < call.D; d += 2 * W) {
+    for (int i = 0; i < W; ++i) source[i] = static_cast<const uint16_t*>(row_of(v * W + i));
+    for (int64_t d = 0; d < width; d += 2 * W) {
       VecPairs rows[W];
-      for (int i = 0; i < W; ++i) rows[i] = load_some(source[i] + d, minimum(2 * W, call.D - d));
+      for (int i = 0; i < W; ++i) rows[i] = load_some(source[i] + d, minimum(2 * W, width - d));
       transpose(rows);
       for (int64_t i = 0; i < W; ++i)
-        store(to + (d / 2 + i) * lanes + v * W, call.scale < 0 ? -rows[i] : rows[i]);
+        store(to + (d / 2 + i) * lanes + v * W, negative ? -rows[i] : rows[i]);
     }
   }
+}
+
+// Qᵀ of the tile's lanes, [key_pairs][lanes] pairs; as pack_query in tile.h.
+inline void pack_query_pairs(const Forward& call, Tile& tile) {
+  pack_column_pairs(tile.vectors, call.D, call.scale < 0, reinterpret_cast<Pair*>(tile.query),
+                    [&](int lane) {
+                      return row_at(call.query, call.type, call.query_stride, tile.b,
+                                    tile.head[lane], tile.row[lane]);
+                    });
 }
 
 // The block's weights, times kWeightScale, as pairs of neighbouring keys, [kKeyPairs][lanes], in
@@ -117,15 +125,16 @@ template <int N, class Half>
   for (; row < end; row += 2) at_edge(row);
 }
 
-// What inf and NaN in V, which the packed copy lacks, add to rows of `out`. Rare and slow.
+// What inf and NaN in these rows, which their packed columns lack, add to `out` [width][lanes].
+// Rare and slow.
 template <int N, class Half>
-[[gnu::noinline]] void add_not_finite(const Forward& call, const Block& block, const PairKeys& kv,
-                                      const Pair* weights, float* out) {
+[[gnu::noinline]] void add_not_finite(const uint16_t* rows, int64_t stride, int64_t width,
+                                      const Block& block, const Pair* weights, float* out) {
   constexpr int L = N * Vec::kLanes;
   constexpr uint16_t kExponent = Half::kExponent, kMasked = 0x8000;  // -0: see weigh_scores
   for (int64_t row = block.begin; row < block.end; ++row) {
-    for (int64_t d = 0; d < call.Dv; ++d) {
-      const uint16_t v = kv.value_rows[row * kv.value_stride + d];
+    for (int64_t d = 0; d < width; ++d) {
+      const uint16_t v = rows[row * stride + d];
       if ((v & kExponent) != kExponent) continue;
       for (int64_t lane = 0; lane < L; ++lane) {
         const Pair pair = weights[row / 2 * L + lane];
@@ -135,6 +144,19 @@ template <int N, class Half>
     }
   }
 }
+
+// As AddToOut, of sums with weights times kWeightScale.
+template <int N, class Half>
+struct AddUnscaled {
+  AddToOut<N> add;
+  template <int R>
+  void operator()(int64_t row, Vec (&c)[R][N]) const {
+    if constexpr (Half::kWeightScale != 1)
+      for (Vec(&sums)[N] : c)
+        for (Vec& sum : sums) sum = sum * set(1 / Half::kWeightScale);
+    add(row, c);
+  }
+};
 
 template <class Unit>
 struct Pairs {
@@ -162,7 +184,8 @@ struct Pairs {
   template <int N>
   static void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
                              const Keys& kv, const Block& block, float* running_max) {
-    Unit::template scores<N>(call, tile, work, kv, block, running_max);
+    Unit::template scores<N>(kv.key, call.D, reinterpret_cast<const Pair*>(tile.query), block,
+                             *work.soon, work.scores, running_max);
   }
   template <int N>
   static void add_values(const Forward& call, const Workspace& work, const Keys& kv,
@@ -171,8 +194,11 @@ struct Pairs {
     const int64_t end = round_up(block.end, Unit::kTerms);
     narrow_weights<N, Half>(block, begin, end, work.scores);
     const Pair* const weights = reinterpret_cast<const Pair*>(work.scores);
-    Unit::template values<N>(call, work, kv, weights, begin, end, add);
-    if (!kv.finite) add_not_finite<N, Half>(call, block, kv, weights, add.out);
+    Unit::template multiply<N>(kv.value + begin / 2, kKeyPairs,
+                               weights + begin / 2 * (N * Vec::kLanes), (end - begin) / 2, 0,
+                               call.Dv, *work.soon, AddUnscaled<N, Half>{add});
+    if (!kv.finite)
+      add_not_finite<N, Half>(kv.value_rows, kv.value_stride, call.Dv, block, weights, add.out);
   }
 };
 
@@ -184,21 +210,27 @@ struct VectorUnit {
   static void begin_item() {}
   static void end_item() {}
 
-  // Sᵀ = K Qᵀ for the block's rows, and at least these.
+  static int64_t pairs_of(int64_t numbers) { return (numbers + 1) / 2; }
+
+  // scores[row][lane] = rows[row] . columns[lane], sums of `width` numbers, for the block's rows
+  // and at least these: Sᵀ = K Qᵀ. `rows` is [kBlock][pairs_of_row], `columns` [pairs][lanes].
   template <int N>
-  static void scores(const Forward& call, const Tile& tile, const Workspace& work,
-                     const PairKeys& kv, const Block& block, float* running_max) {
-    multiply_rows<N, false>(kv.key, key_pairs(call), reinterpret_cast<const Pair*>(tile.query),
-                            (call.D + 1) / 2, block.begin, block.end, *work.soon,
-                            StoreScores<N, false>{work.scores, running_max});
+  static void scores(const Pair* rows, int64_t width, const Pair* columns, const Block& block,
+                     Prefetcher& soon, float* scores, float* running_max) {
+    multiply_rows<N, false>(rows, pairs_of_row(width), columns, pairs_of(width), block.begin,
+                            block.end, soon, StoreScores<N, false>{scores, running_max});
   }
-  // out = out * factor + Vᵀ Pᵀ over keys [begin, end) of the block.
+  // add(row, c) for rows [begin, end) of c = a [rows][stride] . b [pairs][lanes]
+  template <int N, class Add>
+  static void multiply(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, int64_t begin,
+                       int64_t end, Prefetcher& soon, Add add) {
+    multiply_rows<N, false>(a, stride, b, pairs, begin, end, soon, add);
+  }
+  // sums[row] += a[row] . b for rows [begin, end), and at least these; `sums` is [rows][width].
   template <int N>
-  static void values(const Forward& call, const Workspace& work, const PairKeys& kv,
-                     const Pair* weights, int64_t begin, int64_t end, AddToOut<N> add) {
-    multiply_rows<N, false>(kv.value + begin / 2, kKeyPairs,
-                            weights + begin / 2 * (N * Vec::kLanes), (end - begin) / 2, 0, call.Dv,
-                            *work.soon, add);
+  static void accumulate(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, int64_t begin,
+                         int64_t end, Prefetcher& soon, float* sums, int64_t width) {
+    multiply_rows<N, false>(a, stride, b, pairs, begin, end, soon, AddToRows<N>{sums, width});
   }
 };
 

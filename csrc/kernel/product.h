@@ -84,4 +84,22 @@ inline void multiply_rows(const Number* a, int64_t stride, const Number* b, int6
   }
 }
 
+// sums[row] += c, rows `stride` apart.
+template <int N>
+struct AddToRows {
+  float* sums;
+  int64_t stride;
+  template <int R>
+  void operator()(int64_t row, Vec (&c)[R][N]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) {
+        float* p = sums + (row + r) * stride + n * Vec::kLanes;
+        store(p, load(p) + c[r][n]);
+      }
+    }
+  }
+};
+
 }  // namespace

@@ -242,11 +242,11 @@ template <int N>
 }
 
 template <int N>
-inline void take_max(const Workspace& work, int64_t begin, int64_t end, Vec (&running)[N]) {
+inline void take_max(const float* scores, int64_t begin, int64_t end, Vec (&running)[N]) {
   constexpr int W = Vec::kLanes, L = N * W;
   for (int64_t row = begin; row < end; ++row)
 #pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) running[n] = max(running[n], load(work.scores + row * L + n * W));
+    for (int n = 0; n < N; ++n) running[n] = max(running[n], load(scores + row * L + n * W));
 }
 
 // Weights 2^((s - base) * unit) of rows [begin, end), in place, added to `sum` in key order. The
