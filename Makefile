@@ -53,7 +53,7 @@ endef
 test-kernels: .venv/.requirements
 	$(call check-kernels,plain,,,1000)
 	$(call check-kernels,address,'-DMANYHEADS_SANITIZE=address;undefined',,300)
-	$(call check-kernels,thread,-DMANYHEADS_SANITIZE=thread,,100)
+	$(call check-kernels,thread,-DMANYHEADS_SANITIZE=thread,,60)
 
 # For 64-bit ARM, cross-compiled and emulated; nothing is installed here. tests/test_build.py looks
 # for weak symbols in the other instruction sets' files.

@@ -51,13 +51,25 @@ def test_grid(backend: str, case: Case) -> None:
     check(build(case), backend)
 
 
+#: How torch sees the operators, once more on the simplest instruction sets.
+SIMPLE_ISAS = ("avx2", "scalar")
+OF_TORCH = (
+    "test_native_operator.py::test_opcheck[biases and rows]",
+    "test_native_operator.py::test_compiles_without_a_graph_break[causal]",
+    "test_backward.py::test_opcheck[causal-every bias]",
+    "test_backward.py::test_a_training_step_compiles_whole[every bias-aot_eager]",
+)
+
+
 @pytest.mark.parametrize("isa", [i for i in mh.info().available_isas if i != mh.info().isa])
 def test_grid_under_another_isa(isa: str) -> None:
     """The native cases here and in the files named below, in a process forced to use `isa`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    others = ("test_half.py", "test_decode.py")
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
-    which = "(test_attention and native) or test_half or test_lengths or test_sizes"
+    others = ("test_half.py", "test_decode.py", "test_hostile.py")
+    of_torch = OF_TORCH if isa in SIMPLE_ISAS else ()
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others + of_torch)]
+    which = "(test_attention and native) or test_half or test_lengths or test_sizes or "
+    which += "test_hostile or test_opcheck or compiles"
     environment = {**os.environ, "MANYHEADS_ISA": isa}
     ran = subprocess.run(
         [*command, "-k", which, *files],

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_calls import arguments_of, call_of, int32, problem_of, random, random_ranges
 from oracle import Problem, attend
 from tolerance import assert_close_to_oracle, assert_derived_close, logit_gradient_floor
 from torch import Tensor
@@ -25,7 +26,6 @@ from manyheads.spec import (
     BiasPlan,
     DensePlan,
     FullPlan,
-    Geometry,
     IntervalsPlan,
     MaskPlan,
     QueryPositions,
@@ -37,44 +37,21 @@ OPERATOR = torch.ops.manyheads.attention_backward.default
 B, HQ, HKV, LQ, LK, D, DV = 2, 6, 3, 29, 37, 17, 5
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def make_call(
     plan: MaskPlan | None = None,
     bias: BiasPlan | None = None,
     sizes: tuple[int, ...] = (B, HQ, HKV, LQ, LK, D, DV),
-    positions: QueryPositions | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    needs_lse: bool = True,
+    **more: Any,
 ) -> AttentionCall:
     batch, q_heads, kv_heads, q_len, k_len, width, value_width = sizes
-    query = random(batch, q_heads, q_len, width, seed=1)
-    return AttentionCall(
-        query=query,
-        key=random(batch, kv_heads, k_len, width, seed=2),
-        value=random(batch, kv_heads, k_len, value_width, seed=3),
-        geometry=Geometry(batch, q_heads, q_len, k_len, query.device),
-        plan=plan or FullPlan(),
-        positions=positions or QueryPositions(k_len - q_len),
-        bias=bias or BiasPlan(),
-        scale=width**-0.5 if scale is None else scale,
-        softcap=softcap,
-        sinks=sinks,
-        needs_lse=needs_lse,
+    return call_of(
+        random(batch, q_heads, q_len, width, seed=1),
+        random(batch, kv_heads, k_len, width, seed=2),
+        random(batch, kv_heads, k_len, value_width, seed=3),
+        plan,
+        bias=bias,
+        **more,
     )
-
-
-def random_ranges(heads: int = HQ) -> Tensor:
-    generator = torch.Generator().manual_seed(4)
-    return torch.randint(0, LK + 1, (B, heads, LQ, 3, 2), generator=generator, dtype=torch.int32)
 
 
 PLANS: dict[str, MaskPlan] = {
@@ -84,7 +61,7 @@ PLANS: dict[str, MaskPlan] = {
     "per-batch band": BandPlan(int32(4, 6), 2, int32(1, 3), True, int32(0, 2), int32(37, 19)),
     "prefix": BandPlan(right=0, first_n=13, first_within_right=False),
     "nothing": BandPlan(key_end=0),
-    "intervals": IntervalsPlan(random_ranges()),
+    "intervals": IntervalsPlan(random_ranges(B, HQ, LQ, LK)),
     "dense": DensePlan(random(B, 1, LQ, LK, seed=5) > 0.5, "random"),
 }
 
@@ -136,10 +113,7 @@ def with_leaves(call: AttentionCall, leaves: dict[str, Tensor]) -> AttentionCall
 
 
 def by_oracle(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    allowed = call.plan.materialize(call.geometry, call.positions)
-    bias = call.bias.materialize(call.geometry, call.positions)
-    tensors = (call.query, call.key, call.value)
-    return attend(Problem(*tensors, allowed, bias, call.scale, call.softcap, call.sinks), dtype)
+    return attend(problem_of(call), dtype)
 
 
 def gradients(
@@ -395,6 +369,23 @@ def test_large_logits(size: float) -> None:
     check(replace(call, query=call.query * size))
 
 
+@pytest.mark.parametrize("feature", ["every bias", "softcap, sinks and alibi", "bias of one row"])
+@pytest.mark.parametrize("kind", ["large", "all equal", "one huge", "subnormal"])
+def test_every_gradient_of_hostile_logits(kind: str, feature: str) -> None:
+    call = make_call(BandPlan(right=0), **FEATURES[feature])
+    if kind == "large":
+        call = replace(call, query=call.query * 1e4)
+    if kind == "all equal":
+        call = replace(call, key=torch.ones_like(call.key))
+    if kind == "one huge":
+        key = call.key.clone()
+        key[:, :, 11] *= 1e4
+        call = replace(call, key=key)
+    if kind == "subnormal":
+        call = replace(call, query=call.query * torch.finfo(torch.float32).smallest_normal)
+    check(call)
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["key", "value"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -545,18 +536,7 @@ def test_transforms(name: str) -> None:
 
 def backward_arguments(call: AttentionCall) -> tuple[Any, ...]:
     """The arguments with which autograd calls the operator."""
-    seen = []
-
-    class Capture(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is OPERATOR:
-                seen.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Capture():
-        gradients(call, native.run, backs(call))
-    assert len(seen) == 1
-    return seen[0]
+    return arguments_of(OPERATOR, lambda: gradients(call, native.run, backs(call)))
 
 
 @pytest.mark.parametrize(("plan", "feature"), [

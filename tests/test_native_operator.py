@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Problem, attend
+from native_calls import arguments_of, call_of, int32, problem_of, random, random_ranges
+from oracle import attend
 from tolerance import assert_close_to_oracle, eager
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,8 +25,6 @@ from manyheads.spec import (
     BandPlan,
     BiasPlan,
     DensePlan,
-    FullPlan,
-    Geometry,
     IntervalsPlan,
     MaskPlan,
     QueryPositions,
@@ -37,14 +36,6 @@ OPERATOR = torch.ops.manyheads.attention_forward.default
 B, HQ, HKV, LQ, LK, D, DV = 2, 14, 7, 11, 23, 5, 3
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def make_call(
     plan: MaskPlan | None = None,
     positions: QueryPositions | None = None,
@@ -52,32 +43,12 @@ def make_call(
     query: Tensor | None = None,
     key: Tensor | None = None,
     value: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    needs_lse: bool = True,
+    **more: Any,
 ) -> AttentionCall:
     query = random(B, HQ, LQ, D, seed=1) if query is None else query
     key = random(B, HKV, LK, D, seed=2) if key is None else key
     value = random(B, HKV, LK, DV, seed=3) if value is None else value
-    (batch, q_heads, q_len, head_dim), k_len = query.shape, key.shape[2]
-    return AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        geometry=Geometry(batch, q_heads, q_len, k_len, query.device),
-        plan=plan or FullPlan(),
-        positions=positions or QueryPositions(k_len - q_len),
-        bias=bias or BiasPlan(),
-        scale=head_dim**-0.5,
-        softcap=softcap,
-        sinks=sinks,
-        needs_lse=needs_lse,
-    )
-
-
-def random_ranges() -> Tensor:
-    generator = torch.Generator().manual_seed(4)
-    return torch.randint(0, LK + 1, (B, HQ, LQ, 3, 2), generator=generator, dtype=torch.int32)
+    return call_of(query, key, value, plan, positions, bias, **more)
 
 
 CALLS: dict[str, Callable[[], AttentionCall]] = {
@@ -88,7 +59,7 @@ CALLS: dict[str, Callable[[], AttentionCall]] = {
         QueryPositions(int32(9, 3)),
     ),
     "prefix": lambda: make_call(BandPlan(right=0, first_n=13, first_within_right=False)),
-    "intervals": lambda: make_call(IntervalsPlan(random_ranges())),
+    "intervals": lambda: make_call(IntervalsPlan(random_ranges(B, HQ, LQ, LK))),
     "dense": lambda: make_call(DensePlan(random(B, 1, LQ, LK, seed=5) > 0, "random")),
     "dense, keys strided": lambda: make_call(
         DensePlan((random(1, HQ, LK, LQ, seed=5) > 0).mT, "random")
@@ -116,26 +87,11 @@ CALLS: dict[str, Callable[[], AttentionCall]] = {
 
 def operator_arguments(call: AttentionCall) -> tuple[Any, ...]:
     """The arguments with which the native backend calls the operator."""
-    seen = []
-
-    class Capture(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is OPERATOR:
-                seen.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Capture():
-        native.run(call)
-    assert len(seen) == 1
-    return seen[0]
+    return arguments_of(OPERATOR, lambda: native.run(call))
 
 
 def check_against_oracle(call: AttentionCall) -> None:
-    allowed = call.plan.materialize(call.geometry, call.positions)
-    bias = call.bias.materialize(call.geometry, call.positions)
-    problem = Problem(
-        call.query, call.key, call.value, allowed, bias, call.scale, call.softcap, call.sinks
-    )
+    problem = problem_of(call)
     out, lse = native.run(call)
     for actual, exact, plain in zip(
         (out, lse), attend(problem), eager(problem, torch.float32), strict=True
