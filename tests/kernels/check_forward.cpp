@@ -83,6 +83,32 @@ void run_in_random_order(const Kernels& kernels, const Forward& call, Random& ra
     kernels.forward(call, item, random.integer(-1, items - 1), scratch.data(), shared.data());
 }
 
+// Each query row of each head group by itself, where decoding takes them together. False where it
+// does not (kernel/decode.h: kFewQueries), and then runs nothing.
+bool run_rows_alone(const Kernels& kernels, const Forward& call, Random& random) {
+  if (call.Lq * (call.Hq / call.Hkv) > 8) return false;
+  for (int64_t row = 0; row < call.Lq; ++row) {
+    Forward one = call;
+    one.Lq = 1;
+    one.lse = nullptr;  // whose rows lie apart by Lq
+    const auto skip = [&](auto*& data, int64_t stride, int64_t size) {
+      if (data)
+        data = reinterpret_cast<decltype(+data)>(uintptr_t(data) + uintptr_t(row * stride * size));
+    };
+    skip(one.query, call.query_stride[2], size_of(call.type));
+    skip(one.out, call.out_stride[2], size_of(call.type));
+    skip(one.mask.ranges, call.mask.ranges_stride[2], sizeof(int32_t));
+    skip(one.mask.allowed, call.mask.allowed_stride[2], 1);
+    skip(one.bias.dense, call.bias.dense_stride[2], sizeof(float));
+    std::vector<int32_t> positions;
+    for (int64_t b = 0; b < call.B; ++b) positions.push_back(int32_t(position_of(call, b, row)));
+    one.positions = positions.data();
+    one.positions_stride = 1;
+    run_in_random_order(kernels, one, random);
+  }
+  return true;
+}
+
 void run_on_threads(const Kernels& kernels, const Forward& call, int64_t threads) {
   const auto prepare = [&](void* shared) { kernels.prepare(call, shared); };
   const auto begin = [&](void* scratch) { kernels.begin(call, scratch); };
@@ -201,6 +227,12 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
                     [](float x, float y) { return std::memcmp(&x, &y, sizeof x) == 0; });
 }
 
+// Likewise, but one NaN and one zero are as good as another.
+bool same_numbers(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](float x, float y) { return x == y || (std::isnan(x) && std::isnan(y)); });
+}
+
 }  // namespace
 
 Expected expect_of(const Case& made) {
@@ -232,14 +264,17 @@ std::string check_half(const Kernels& kernels, const Case& made, Type type,
   const HalfCase pair(made, type);
   const Array<uint16_t>& out = pair.halves.back();
   run_in_random_order(kernels, pair.half, random);
+  const std::vector<uint16_t> together(out.begin(), out.end());
+  const std::vector<float> rows_together = pair.results();
+  if (run_rows_alone(kernels, pair.half, random) && !same_numbers(pair.results(), rows_together))
+    return "a half type: other bits for a row alone";
   if (rounds_weights(kernels, type)) {
-    const std::vector<uint16_t> alone(out.begin(), out.end());
     const std::string wrong = breaks_rule(pair.results(), expected.narrow_oracle.out,
                                           expected.plain_narrow_out, 0, 0x1p-7);
     if (!wrong.empty()) return "bfloat16: " + wrong;
     run_on_threads(kernels, pair.half, random.integer(1, 4));
-    return std::equal(out.begin(), out.end(), alone.begin()) ? ""
-                                                             : "bfloat16: other bits on threads";
+    return std::equal(out.begin(), out.end(), together.begin()) ? ""
+                                                                : "bfloat16: other bits on threads";
   }
   run_in_random_order(kernels, pair.wide, random);
   for (int64_t i = 0; i < pair.floats.back().size(); ++i) {
@@ -270,6 +305,9 @@ std::string check_forward(const Kernels& kernels, const Case& made, const Expect
     wrong = check_half(kernels, made, type, expected, random);
     if (!wrong.empty()) return wrong;
   }
+  wipe_results(made);
+  if (run_rows_alone(kernels, call, random) && !same_numbers(read_results(made).out, alone.out))
+    return "other bits for a row alone";
   const int64_t threads = random.integer(1, 4);
   wipe_results(made);
   run_on_threads(kernels, call, threads);
