@@ -49,7 +49,9 @@ struct Bias {
 };
 
 enum class Type : int { float32, bfloat16, float16 };
-[[gnu::always_inline]] inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+[[gnu::always_inline]] constexpr int64_t size_of(Type type) {
+  return type == Type::float32 ? 4 : 2;
+}
 
 struct Forward {
   int64_t B, Hq, Hkv, Lq, Lk, D, Dv;

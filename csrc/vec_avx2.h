@@ -39,13 +39,23 @@ inline Vec load_bytes(const uint8_t* p, int64_t n) {  // the first n bytes as fl
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
 inline void store_some(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x.v); }
 
-// 8 values of a half type
+// 8 values of a half type, or n and zeros
 inline Vec load_bfloat16(const uint16_t* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
 }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Vec load_some_bfloat16(const uint16_t* p, int64_t n) {
+  uint16_t lanes[8] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(uint16_t));
+  return load_bfloat16(lanes);
+}
+inline Vec load_some_float16(const uint16_t* p, int64_t n) {
+  uint16_t lanes[8] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(uint16_t));
+  return load_float16(lanes);
 }
 inline void store_bfloat16(uint16_t* p, Vec x) {  // to the nearest, ties to even; NaN stays NaN
   const __m256i bits = _mm256_castps_si256(x.v), high = _mm256_srli_epi32(bits, 16);

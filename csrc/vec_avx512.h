@@ -36,13 +36,25 @@ inline void store_some(float* p, Vec x, int64_t n) {
   _mm512_mask_storeu_ps(p, Lanes((1u << n) - 1), x.v);
 }
 
-// 16 values of a half type
+// 16 values of a half type, or n and zeros
+inline Vec widen_bfloat16(__m256i bits) {
+  // Into the upper halves by one permutation, not a conversion and a shift.
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
+                                         6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, _mm512_castsi256_si512(bits)))};
+}
 inline Vec load_bfloat16(const uint16_t* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load_some_bfloat16(const uint16_t* p, int64_t n) {
+  return widen_bfloat16(_mm256_maskz_loadu_epi16(Lanes((1u << n) - 1), p));
 }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Vec load_some_float16(const uint16_t* p, int64_t n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(Lanes((1u << n) - 1), p))};
 }
 inline void store_bfloat16(uint16_t* p, Vec x) {  // to the nearest, ties to even; NaN stays NaN
   const __m512i bits = _mm512_castps_si512(x.v), high = _mm512_srli_epi32(bits, 16);

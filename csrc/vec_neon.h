@@ -44,12 +44,22 @@ inline void store_some(float* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// 4 values of a half type
+// 4 values of a half type, or n and zeros
 inline Vec load_bfloat16(const uint16_t* p) {
   return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))};
 }
 inline Vec load_float16(const uint16_t* p) {
   return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))};
+}
+inline Vec load_some_bfloat16(const uint16_t* p, int64_t n) {
+  uint16_t lanes[4] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(uint16_t));
+  return load_bfloat16(lanes);
+}
+inline Vec load_some_float16(const uint16_t* p, int64_t n) {
+  uint16_t lanes[4] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(uint16_t));
+  return load_float16(lanes);
 }
 inline void store_bfloat16(uint16_t* p, Vec x) {  // to the nearest, ties to even; NaN stays NaN
   const uint32x4_t bits = vreinterpretq_u32_f32(x.v), high = vshrq_n_u32(bits, 16);

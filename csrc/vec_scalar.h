@@ -70,7 +70,7 @@ inline uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_of(x), high = bits >> 16;
   return uint16_t(x != x ? high | 0x40 : (bits + 0x7fff + (high & 1)) >> 16);
 }
-// 4 values of a half type
+// 4 values of a half type, or n and zeros
 inline Vec load_bfloat16(const uint16_t* p) {
   Vec x = zero();
   for (int i = 0; i < 4; ++i) x.v[i] = float_of(uint32_t(p[i]) << 16);
@@ -80,6 +80,16 @@ inline Vec load_float16(const uint16_t* p) {
   Vec x = zero();
   for (int i = 0; i < 4; ++i) x.v[i] = from_float16(p[i]);
   return x;
+}
+inline Vec load_some_bfloat16(const uint16_t* p, int64_t n) {
+  uint16_t lanes[4] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(uint16_t));
+  return load_bfloat16(lanes);
+}
+inline Vec load_some_float16(const uint16_t* p, int64_t n) {
+  uint16_t lanes[4] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(uint16_t));
+  return load_float16(lanes);
 }
 inline void store_bfloat16(uint16_t* p, Vec x) {
   for (int i = 0; i < 4; ++i) p[i] = to_bfloat16(x.v[i]);

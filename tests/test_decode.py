@@ -45,6 +45,50 @@ def test_masks_and_biases_over_several_chunks(mask: str, bias: str, more: dict) 
     check(build(Case(mask, bias, heads=(4, 2), sizes=(24, 40), lengths=(3, 1531), **more)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 131), (37, 67), (72, 40), (131, 23)], ids=str)
+@pytest.mark.parametrize("group", range(1, 9))
+def test_a_head_gets_the_same_bits_alone_and_in_a_group(
+    dtype: torch.dtype, sizes: tuple[int, int], group: int
+) -> None:
+    case = Case("none", heads=(group, 1), sizes=sizes, lengths=(1, 577), batch=1, dtype=dtype)
+    built = build(case)
+    check(built, dtype)
+    query, key, value = built.problem.query, built.problem.key, built.problem.value
+    together = built.run("native")
+    for head in range(group):
+        alone = mh.attention(query[:, head : head + 1], key, value, backend="native")
+        assert torch.equal(together[:, head : head + 1], alone)
+
+
+@pytest.mark.parametrize("number", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", range(2, 9))
+def test_a_row_gets_the_same_bits_whatever_the_others_attend_to(
+    dtype: torch.dtype, rows: int, number: float
+) -> None:
+    """The rows end around key 128: of the step that starts there they see nothing, or a few keys,
+    which are broken."""
+    query, key, value = (torch.randn(1, 1, n, 37).to(dtype) for n in (rows, 211, 211))
+    key[:, :, 128:] += number
+    value[:, :, 128:] += number
+    start = 128 - rows // 2
+
+    def run(first: int, last: int) -> torch.Tensor:
+        return mh.attention(
+            query[:, :, first:last], key, value, mask=mh.Causal(), query_start=start + first,
+            backend="native",
+        )  # fmt: skip
+
+    together = run(0, rows)
+    assert together[:, :, : rows // 2].isfinite().all()
+    for row in range(rows):
+        alone = run(row, row + 1)
+        torch.testing.assert_close(
+            together[:, :, row : row + 1], alone, rtol=0, atol=0, equal_nan=True
+        )
+
+
 @pytest.mark.parametrize("mask", ["none", "causal", "sink_window", "dense_shared"])
 def test_the_same_bits_for_any_batch_and_threads(mask: str, threads) -> None:
     built = build(Case(mask, heads=(6, 2), sizes=(64, 64), lengths=(2, 5003), batch=3))

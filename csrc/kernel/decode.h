@@ -1,8 +1,11 @@
 // Decoding: few queries on a long cache, where reading K and V once is the whole cost. The lanes
-// lie along D, not along queries: a key's row meets a query's row in a few FMAs, and the lanes of
-// as many keys as there are lanes are then summed together. The keys are cut into chunks at
-// absolute multiples of kChunk, which any thread may take; whoever finishes a head's last chunk
-// merges them, in order ("Flash-Decoding", Dao et al. 2023). The rules of attend.h hold here too.
+// lie along D, not along queries. A key's row is read once into registers (half types are widened
+// there, into no memory) and meets up to four queries' rows; as many such dot products are summed
+// side by side as there are registers, and their lanes then summed together. A value's row is read
+// once for up to four rows of the output likewise. All the while, rows some way ahead are fetched.
+// The keys are cut into chunks at absolute multiples of kChunk, which any thread may take; whoever
+// finishes a head's last chunk merges them, in order ("Flash-Decoding", Dao et al. 2023). The rules
+// of attend.h hold here too: what a row gets does not depend on the rows it is computed with.
 #pragma once
 
 #include "forward.h"
@@ -14,6 +17,9 @@ constexpr int64_t kFewQueries = 8;
 constexpr int64_t kChunk = 512;
 // Keys whose scores are computed before their values are read.
 constexpr int64_t kStep = 64;
+// How far ahead rows are fetched, into the second cache; measured. The processor by itself has too
+// few reads under way while it computes.
+constexpr int64_t kBytesAhead = 8192;
 
 // Not where a backward pass is to follow: it recomputes the scores in the tiles' order. Nor with
 // dropout, which is training too.
@@ -60,9 +66,8 @@ struct DecodeScratch {
   Tile* tile;     // its lanes are the rows; only what names and masks them is used
   FewRows* rows;  // the chunk's
   FewRows* total;
-  float* query;    // [rows][D]
-  float* scores;   // [rows][kStep], then weights
-  float* widened;  // [kStep][D or Dv] where K and V are of a half type
+  float* query;   // [rows][D]
+  float* scores;  // [rows][kStep], then weights
   int64_t bytes;
 };
 inline DecodeScratch lay_out_decode(const Forward& call, void* start) {
@@ -74,8 +79,6 @@ inline DecodeScratch lay_out_decode(const Forward& call, void* start) {
   scratch.total = arena.take<FewRows>(1);
   scratch.query = arena.take<float>(rows * call.D);
   scratch.scores = arena.take<float>(rows * kStep);
-  const int64_t width = maximum(call.D, call.Dv);
-  scratch.widened = call.type == Type::float32 ? nullptr : arena.take<float>(kStep * width);
   float* const out = arena.take<float>(rows * call.Dv);
   float* const total = arena.take<float>(rows * call.Dv);
   if (start) {
@@ -86,37 +89,91 @@ inline DecodeScratch lay_out_decode(const Forward& call, void* start) {
   return scratch;
 }
 
-// Rows of K or V as float32: where they lie, or widened.
-struct FloatRows {
-  const float* data;
-  int64_t stride;
+// Rows of K or V where they lie.
+struct Rows {
+  const char* data;
+  int64_t stride;  // bytes
 };
-inline FloatRows float_rows(Type type, const void* from, int64_t stride, int64_t rows,
-                            int64_t width, float* widened) {
-  if (type == Type::float32) return {static_cast<const float*>(from), stride};
-  pack_rows(type, from, stride, rows, width, widened);
-  return {widened, width};
+inline Rows rows_from(Type type, const void* data, const int64_t (&stride)[3], const Tile& tile,
+                      int64_t key) {
+  return {static_cast<const char*>(row_at(data, type, stride, tile.b, tile.hkv, key)),
+          stride[2] * size_of(type)};
+}
+// From a row that is read to the one that is fetched meanwhile.
+inline int64_t bytes_ahead(Type type, Rows rows, int64_t width) {
+  return maximum(kBytesAhead / (width * size_of(type)), 1) * rows.stride;
 }
 
-// The dot products of one query row with kLanes rows of K, of which `count` are there.
-inline Vec dot_products(const float* query, FloatRows key, int64_t count, int64_t D) {
-  constexpr int W = Vec::kLanes;
-  const float* row[W];
-  for (int i = 0; i < W; ++i) row[i] = key.data + minimum(i, count - 1) * key.stride;
-  Vec sum[W];
+// Query rows share what is read of K and V: they are taken in groups of four, the last of fewer.
+constexpr int kGroup = 4;
+template <int R>
+struct Group {
+  static constexpr int kRows = R;
+};
+template <class Use>
+inline void for_groups(int rows, Use use) {
+  for (int r = 0; r < rows; r += kGroup) {
+    if (rows - r >= 4) use(Group<4>{}, r);
+    if (rows - r == 3) use(Group<3>{}, r);
+    if (rows - r == 2) use(Group<2>{}, r);
+    if (rows - r == 1) use(Group<1>{}, r);
+  }
+}
+
+// As many dot products are summed side by side as there are registers for: of so many keys.
+constexpr int kDots = Vec::kRows1;
+constexpr int keys_at_once(int rows) { return rows == 3 ? kDots / 4 : kDots / rows; }
+
+// scores[r][key] for R query rows and the first keys_at_once(R) keys, of which `count` are there.
+template <Type kType, int R>
+[[gnu::always_inline]] inline void dot_products(const float* query, Rows keys, int64_t count,
+                                                int64_t D, int64_t ahead, float* scores) {
+  constexpr int W = Vec::kLanes, kKeys = keys_at_once(R);
+  constexpr int kLine = 64 / int(size_of(kType));
+  const char* row[kKeys] = {keys.data};
+  for (int i = 1; i < kKeys; ++i) row[i] = row[i - 1] + (i < count ? keys.stride : 0);
+  Vec sums[kDots / W][W];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) sum[i] = zero();
+  for (int i = 0; i < kDots; ++i) sums[i / W][i % W] = zero();
+  // Inlined or else the compiler keeps the sums in memory.
+  const auto add = [&](int64_t d, int64_t columns) __attribute__((always_inline)) {
+    Vec q[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) q[r] = load_row(Type::float32, query + r * D, d, columns);
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      const Vec k = load_row(kType, row[i], d, columns);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Vec& sum = sums[(r * kKeys + i) / W][(r * kKeys + i) % W];
+        sum = fma(k, q[r], sum);
+      }
+    }
+  };
   int64_t d = 0;
   for (; d + W <= D; d += W) {
-    const Vec q = load(query + d);
+    if (ahead && d % kLine == 0) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) sum[i] = fma(load(row[i] + d), q, sum[i]);
+      for (int i = 0; i < kKeys; ++i) __builtin_prefetch(row[i] + ahead + d * size_of(kType), 0, 2);
+    }
+    add(d, W);
   }
-  if (d < D) {
-    const Vec q = load_some(query + d, D - d);
-    for (int i = 0; i < W; ++i) sum[i] = fma(load_some(row[i] + d, D - d), q, sum[i]);
-  }
-  return sum_lanes(sum);
+  if (d < D) add(d, D - d);
+  alignas(64) float dots[kDots];
+#pragma GCC unroll 4
+  for (int i = 0; i < kDots / W; ++i) store(dots + i * W, sum_lanes(sums[i]));
+  for (int r = 0; r < R; ++r)
+    __builtin_memcpy(scores + r * kStep, dots + r * kKeys, kKeys * sizeof(float));
+}
+
+// scores[r][key] for R query rows and `n` keys.
+template <Type kType, int R>
+inline void score_keys(const float* query, Rows keys, int64_t n, int64_t D, int64_t ahead,
+                       float* scores) {
+  constexpr int kKeys = keys_at_once(R);
+  for (int64_t i = 0; i < n; i += kKeys)
+    dot_products<kType, R>(query, {keys.data + i * keys.stride, keys.stride}, minimum(kKeys, n - i),
+                           D, ahead, scores + i);
 }
 
 // As transform_scores, with keys key .. key + count - 1 on the lanes of one row.
@@ -170,119 +227,145 @@ inline Vec mask_row(const Forward& call, const Tile& tile, int r, int64_t key, i
   return select(both(allowed, in_range), s, set(-kInfinity));
 }
 
-// out += weights [n] times rows of V, for N vectors of columns. A weight of -0 marks a pair that
-// does not attend: its value is not even read.
-template <int N, bool kMasked>
-inline void add_columns(const float* weights, FloatRows value, int64_t n, float factor,
-                        float* out) {
-  constexpr int W = Vec::kLanes;
-  Vec sum[N];
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) sum[i] = zero();
-  const float* row = value.data;
-  for (int64_t key = 0; key < n; ++key, row += value.stride) {
-    if (kMasked && weights[key] == 0 && __builtin_signbit(weights[key])) continue;
-    const Vec w = set(weights[key]);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) sum[i] = fma(load(row + i * W), w, sum[i]);
+// Row r of out [R][Dv], times factor[r], plus weights[r] times `n` rows of V: the columns [d, d +
+// N * kLanes), or, where N is 0, the last ones. A weight of -0 marks a pair that does not attend:
+// its value takes no part.
+template <Type kType, int R, int N, bool kMasked>
+inline void add_columns(const float* weights, Rows values, int64_t n, int64_t Dv, int64_t d,
+                        int64_t ahead, const float* factor, float* out) {
+  constexpr int W = Vec::kLanes, kVecs = N == 0 ? 1 : N;
+  constexpr int kBytes = kVecs * W * int(size_of(kType));
+  const int64_t columns = N == 0 ? Dv - d : W;
+  Vec sum[R][kVecs];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) sum[r][i] = zero();
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) store(out + i * W, fma(load(out + i * W), set(factor), sum[i]));
-}
-
-template <bool kMasked>
-inline void add_values(const float* weights, FloatRows value, int64_t n, int64_t Dv, float factor,
-                       float* out) {
-  constexpr int W = Vec::kLanes;
-  int64_t d = 0;
-  const auto at = [&] { return FloatRows{value.data + d, value.stride}; };
-  for (; d + 8 * W <= Dv; d += 8 * W) add_columns<8, kMasked>(weights, at(), n, factor, out + d);
-  for (; d + 4 * W <= Dv; d += 4 * W) add_columns<4, kMasked>(weights, at(), n, factor, out + d);
-  for (; d + W <= Dv; d += W) add_columns<1, kMasked>(weights, at(), n, factor, out + d);
-  if (d == Dv) return;
-  Vec sum = zero();
-  for (int64_t key = 0; key < n; ++key) {
-    if (kMasked && weights[key] == 0 && __builtin_signbit(weights[key])) continue;
-    sum = fma(load_some(value.data + key * value.stride + d, Dv - d), set(weights[key]), sum);
-  }
-  store_some(out + d, fma(load_some(out + d, Dv - d), set(factor), sum), Dv - d);
-}
-
-// K and V of the keys [key, key + n) of one (b, hkv), asked for ahead of their use.
-inline void fetch_step(const Forward& call, int64_t b, int64_t hkv, int64_t key, int64_t n) {
-  const auto fetch = [&](const void* data, const int64_t (&stride)[3], int64_t width) {
-    const int64_t bytes = width * size_of(call.type);
-    for (int64_t row = 0; row < n; ++row) {
-      const char* p = static_cast<const char*>(row_at(data, call.type, stride, b, hkv, key + row));
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  const char* row = values.data;
+  for (int64_t key = 0; key < n; ++key, row += values.stride) {
+    if (ahead) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kBytes; i += 64)
+        __builtin_prefetch(row + ahead + d * size_of(kType) + i, 0, 2);
     }
-  };
-  fetch(call.key, call.key_stride, call.D);
-  fetch(call.value, call.value_stride, call.Dv);
+    Vec v[kVecs];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) v[i] = load_row(kType, row, d + i * W, columns);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const float weight = weights[r * kStep + key];
+      if (kMasked && weight == 0 && __builtin_signbit(weight)) continue;
+#pragma GCC unroll 4
+      for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(v[i], set(weight), sum[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) {
+      float* const to = out + r * Dv;
+      const Vec before = load_row(Type::float32, to, d + i * W, columns);
+      store_row(Type::float32, to, d + i * W, columns, fma(before, set(factor[r]), sum[r][i]));
+    }
+  }
+}
+
+template <Type kType, int R, bool kMasked>
+inline void add_values(const float* weights, Rows values, int64_t n, int64_t Dv, int64_t ahead,
+                       const float* factor, float* out) {
+  constexpr int W = Vec::kLanes, N = kDots / kGroup;
+  int64_t d = 0;
+  for (; d + N * W <= Dv; d += N * W)
+    add_columns<kType, R, N, kMasked>(weights, values, n, Dv, d, ahead, factor, out);
+  for (; d + W <= Dv; d += W)
+    add_columns<kType, R, 1, kMasked>(weights, values, n, Dv, d, ahead, factor, out);
+  if (d < Dv) add_columns<kType, R, 0, kMasked>(weights, values, n, Dv, d, ahead, factor, out);
+}
+
+// From the scores of row r and the keys [key, key + n) to weights, masked ones -0. `largest`
+// becomes the maximum over these keys too; returns the sum of their weights.
+inline float weigh_row(const Forward& call, const Tile& tile, int r, Extent extent, int64_t key,
+                       int64_t n, float* scores, float& largest) {
+  constexpr int W = Vec::kLanes;
+  if (transforms(call)) {
+    for (int64_t i = 0; i < n; i += W) {
+      const int64_t count = minimum(W, n - i);
+      store(scores + i, transform_row(call, tile, r, key + i, count, load(scores + i)));
+    }
+  }
+  if (extent == Extent::some || n % W != 0) {
+    for (int64_t i = 0; i < n; i += W) {
+      const int64_t count = minimum(W, n - i);
+      store(scores + i, mask_row(call, tile, r, key + i, count, load(scores + i)));
+    }
+  }
+  Vec max_lanes = set(largest);
+  for (int64_t i = 0; i < n; i += W) max_lanes = max(max_lanes, load(scores + i));
+  largest = largest_lane(max_lanes);
+  const Vec base = guarded(set(largest)), unit = set(score_unit(call));
+  Vec sum = zero();
+  for (int64_t i = 0; i < n; i += W) {
+    const Vec s = load(scores + i);
+    const Vec weight = select(equal(s, set(-kInfinity)), set(-0.0f), exp2((s - base) * unit));
+    store(scores + i, weight);
+    sum = sum + weight;
+  }
+  return sum_of_lanes(sum);
 }
 
 // The keys [key, key + n), n at most kStep, for all rows.
-inline void decode_step(const Forward& call, const DecodeScratch& scratch, int64_t key, int64_t n,
-                        int64_t chunk_end) {
+template <Type kType>
+void decode_step(const Forward& call, const DecodeScratch& scratch, int64_t key, int64_t n) {
   constexpr int W = Vec::kLanes;
   const Tile& tile = *scratch.tile;
   FewRows& state = *scratch.rows;
-  const Vec unit = set(score_unit(call));
-  const FloatRows keys =
-      float_rows(call.type, row_at(call.key, call.type, call.key_stride, tile.b, tile.hkv, key),
-                 call.key_stride[2], n, call.D, scratch.widened);
+  const Rows keys = rows_from(kType, call.key, call.key_stride, tile, key);
+  const Rows values = rows_from(kType, call.value, call.value_stride, tile, key);
   alignas(64) float new_max[kMaxLanes], block_sum[kMaxLanes] = {}, factor[kMaxLanes];
   Extent extent[kMaxLanes];
   for (int i = 0; i < tile.lanes(); ++i) new_max[i] = state.max[i];
   for (int r = 0; r < tile.count; ++r) {
-    float* const scores = scratch.scores + r * kStep;
     extent[r] = extent_of(call, tile, r, key, key + n);
     if (call.bias.dense && extent[r] == Extent::all) extent[r] = Extent::some;  // may hold -inf
-    Vec largest = set(-kInfinity);
-    for (int64_t i = 0; i < n; i += W) {
-      const int64_t count = minimum(W, n - i);
-      // The first row's turn fetches the next step.
-      if (r == 0 && key + kStep + i < chunk_end)
-        fetch_step(call, tile.b, tile.hkv, key + kStep + i,
-                   minimum(W, chunk_end - (key + kStep + i)));
-      if (extent[r] == Extent::none) continue;
-      const FloatRows rows{keys.data + i * keys.stride, keys.stride};
-      Vec s = dot_products(scratch.query + r * call.D, rows, count, call.D);
-      if (transforms(call)) s = transform_row(call, tile, r, key + i, count, s);
-      if (extent[r] == Extent::some || count < W) s = mask_row(call, tile, r, key + i, count, s);
-      store(scores + i, s);
-      largest = max(largest, s);
-    }
-    new_max[r] = largest_lane(max(largest, set(new_max[r])));
   }
+  const auto extent_of_group = [&](int first, int rows) {
+    for (int r = first + 1; r < first + rows; ++r)
+      if (extent[r] != extent[first]) return Extent::some;
+    return extent[first];
+  };
+  for_groups(tile.count, [&](auto group, int r) {
+    constexpr int R = group.kRows;
+    const int64_t ahead = r == 0 ? bytes_ahead(kType, keys, call.D) : 0;
+    if (extent_of_group(r, R) != Extent::none)
+      score_keys<kType, R>(scratch.query + r * call.D, keys, n, call.D, ahead,
+                           scratch.scores + r * kStep);
+  });
   for (int r = 0; r < tile.count; ++r) {
-    if (extent[r] == Extent::none) continue;
     float* const scores = scratch.scores + r * kStep;
-    const Vec base = guarded(set(new_max[r]));
-    Vec sum = zero();
-    for (int64_t i = 0; i < n; i += W) {
-      const Vec s = load(scores + i);
-      const Vec weight = select(equal(s, set(-kInfinity)), set(-0.0f), exp2((s - base) * unit));
-      store(scores + i, weight);
-      sum = sum + weight;
-    }
-    block_sum[r] = sum_of_lanes(sum);
+    if (extent[r] == Extent::none)  // others of its group may attend
+      for (int64_t i = 0; i < n; ++i) scores[i] = -0.0f;
+    else
+      block_sum[r] = weigh_row(call, tile, r, extent[r], key, n, scores, new_max[r]);
   }
+  const Vec unit = set(score_unit(call));
   for (int i = 0; i < tile.lanes(); i += W) {
     const Vec f = correction(load(state.max + i), load(new_max + i), unit);
     store(factor + i, f);
     store(state.max + i, load(new_max + i));
     store(state.sum + i, fma(load(state.sum + i), f, load(block_sum + i)));
   }
-  const FloatRows values =
-      float_rows(call.type, row_at(call.value, call.type, call.value_stride, tile.b, tile.hkv, key),
-                 call.value_stride[2], n, call.Dv, scratch.widened);
-  for (int r = 0; r < tile.count; ++r) {
+  for_groups(tile.count, [&](auto group, int r) {
+    constexpr int R = group.kRows;
     const float* const weights = scratch.scores + r * kStep;
     float* const out = state.out + r * call.Dv;
-    if (extent[r] == Extent::all) add_values<false>(weights, values, n, call.Dv, factor[r], out);
-    if (extent[r] == Extent::some) add_values<true>(weights, values, n, call.Dv, factor[r], out);
-  }
+    const int64_t ahead = r == 0 ? bytes_ahead(kType, values, call.Dv) : 0;
+    const Extent common = extent_of_group(r, R);
+    if (common == Extent::all)
+      add_values<kType, R, false>(weights, values, n, call.Dv, ahead, factor + r, out);
+    if (common == Extent::some)
+      add_values<kType, R, true>(weights, values, n, call.Dv, ahead, factor + r, out);
+  });
 }
 
 // into += from, both relative to their own maxima.
@@ -390,9 +473,11 @@ void decode(const Forward& call, int64_t index, void* memory, void* shared) {
                   load_row(call.type, row, d, n) * sign);
       }
     }
+    const auto step = call.type == Type::float32    ? decode_step<Type::float32>
+                      : call.type == Type::bfloat16 ? decode_step<Type::bfloat16>
+                                                    : decode_step<Type::float16>;
     for (int64_t key = begin; key < end; key += kStep)
-      decode_step(call, scratch, key, minimum(kStep, minimum((chunk + 1) * kChunk, call.Lk) - key),
-                  end);
+      step(call, scratch, key, minimum(kStep, minimum((chunk + 1) * kChunk, call.Lk) - key));
   }
   if (per_head == 1) return finish_rows(call, tile, *scratch.rows);
   float* const results = chunks.results + bh * per_head * floats_per_chunk(call);

@@ -17,12 +17,8 @@ inline Vec load_row(Type type, const void* row, int64_t i, int64_t n) {
     return n == W ? load(p) : load_some(p, n);
   }
   const uint16_t* p = static_cast<const uint16_t*>(row) + i;
-  uint16_t some[W] = {};
-  if (n < W) {
-    __builtin_memcpy(some, p, n * sizeof(uint16_t));
-    p = some;
-  }
-  return type == Type::bfloat16 ? load_bfloat16(p) : load_float16(p);
+  if (type == Type::bfloat16) return n == W ? load_bfloat16(p) : load_some_bfloat16(p, n);
+  return n == W ? load_float16(p) : load_some_float16(p, n);
 }
 
 inline void store_row(Type type, void* row, int64_t i, int64_t n, Vec x) {

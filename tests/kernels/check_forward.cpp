@@ -48,6 +48,32 @@ Output read_results(const Case& made) {
   return output;
 }
 
+// Each query row of each head group by itself, where decoding takes them together. False where it
+// does not (kernel/decode.h: kFewQueries), and then runs nothing.
+bool run_rows_alone(const Kernels& kernels, const Forward& call, Random& random) {
+  if (call.Lq * (call.Hq / call.Hkv) > 8) return false;
+  for (int64_t row = 0; row < call.Lq; ++row) {
+    Forward one = call;
+    one.Lq = 1;
+    one.lse = nullptr;  // whose rows lie apart by Lq
+    const auto skip = [&](auto*& data, int64_t stride, int64_t size) {
+      if (data)
+        data = reinterpret_cast<decltype(+data)>(uintptr_t(data) + uintptr_t(row * stride * size));
+    };
+    skip(one.query, call.query_stride[2], size_of(call.type));
+    skip(one.out, call.out_stride[2], size_of(call.type));
+    skip(one.mask.ranges, call.mask.ranges_stride[2], sizeof(int32_t));
+    skip(one.mask.allowed, call.mask.allowed_stride[2], 1);
+    skip(one.bias.dense, call.bias.dense_stride[2], sizeof(float));
+    std::vector<int32_t> positions;
+    for (int64_t b = 0; b < call.B; ++b) positions.push_back(int32_t(position_of(call, b, row)));
+    one.positions = positions.data();
+    one.positions_stride = 1;
+    run_in_random_order(kernels, one, random);
+  }
+  return true;
+}
+
 void run_on_threads(const Kernels& kernels, const Forward& call, int64_t threads) {
   const auto prepare = [&](void* shared) { kernels.prepare(call, shared); };
   const auto begin = [&](void* scratch) { kernels.begin(call, scratch); };
@@ -122,6 +148,10 @@ std::string check_half(const Kernels& kernels, const Case& made, Type type,
   const HalfCase pair(made, type);
   const Array<uint16_t>& out = pair.halves.back();
   run_in_random_order(kernels, pair.half, random);
+  const std::vector<uint16_t> together(out.begin(), out.end());
+  const std::vector<float> rows_together = pair.results();
+  if (run_rows_alone(kernels, pair.half, random) && !same_numbers(pair.results(), rows_together))
+    return "a half type: other bits for a row alone";
   if (rounds_weights(kernels, type)) {
     const std::vector<uint16_t> alone(out.begin(), out.end());
     const bool brain = type == Type::bfloat16;
@@ -162,6 +192,9 @@ std::string check_forward(const Kernels& kernels, const Case& made, const Expect
     wrong = check_half(kernels, made, type, expected, random);
     if (!wrong.empty()) return wrong;
   }
+  wipe_results(made);
+  if (run_rows_alone(kernels, call, random) && !same_numbers(read_results(made).out, alone.out))
+    return "other bits for a row alone";
   const int64_t threads = random.integer(1, 4);
   wipe_results(made);
   run_on_threads(kernels, call, threads);

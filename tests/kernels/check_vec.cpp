@@ -245,6 +245,20 @@ void check_half_types(Expect expect) {
   store_float16(data, set(kNan));
   expect((data[0] & 0x7fff) > 0x7c00, "store_float16 of NaN");
   give_back(data, W * sizeof(uint16_t));
+
+  for (int n = 0; n < W; ++n) {  // into memory that ends there
+    const size_t bytes = size_t(n) * sizeof(uint16_t);
+    uint16_t* const some = static_cast<uint16_t*>(take_exactly(bytes, 2));
+    for (int i = 0; i < n; ++i) some[i] = bfloat16[i % 4];
+    expect(all_lanes(load_some_bfloat16(some, n),
+                     [&](int i) { return i < n ? as_bfloat16[i % 4] : 0; }),
+           "load_some_bfloat16");
+    for (int i = 0; i < n; ++i) some[i] = float16[i % 4];
+    expect(
+        all_lanes(load_some_float16(some, n), [&](int i) { return i < n ? as_float16[i % 4] : 0; }),
+        "load_some_float16");
+    give_back(some, bytes);
+  }
 }
 
 void check_across_lanes(Expect expect) {
