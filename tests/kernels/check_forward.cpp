@@ -153,15 +153,15 @@ std::string check_half(const Kernels& kernels, const Case& made, Type type,
   if (run_rows_alone(kernels, pair.half, random) && !same_numbers(pair.results(), rows_together))
     return "a half type: other bits for a row alone";
   if (rounds_weights(kernels, type)) {
-    const std::vector<uint16_t> alone(out.begin(), out.end());
     const bool brain = type == Type::bfloat16;
     const Narrow& narrow = brain ? expected.bfloat16 : expected.float16;
     const std::string name = brain ? "bfloat16: " : "float16: ";
-    const std::string wrong = breaks_rule(pair.results(), narrow.oracle.out, narrow.plain_out, 0,
+    const std::string wrong = breaks_rule(rows_together, narrow.oracle.out, narrow.plain_out, 0,
                                           brain ? 0x1p-7 : 0x1p-10);
     if (!wrong.empty()) return name + wrong;
     run_on_threads(kernels, pair.half, random.integer(1, 4));
-    return std::equal(out.begin(), out.end(), alone.begin()) ? "" : name + "other bits on threads";
+    return std::equal(out.begin(), out.end(), together.begin()) ? ""
+                                                                : name + "other bits on threads";
   }
   run_in_random_order(kernels, pair.wide, random);
   for (int64_t i = 0; i < pair.floats.back().size(); ++i) {

@@ -34,5 +34,7 @@ struct HalfCase {
 bool rounds_weights(const Kernels& kernels, Type type);
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b);
+// Likewise, but one NaN and one zero are as good as another.
+bool same_numbers(const std::vector<float>& a, const std::vector<float>& b);
 
 }  // namespace manyheads
