@@ -594,6 +594,31 @@ def test_lowering_needs_no_memory_per_pair():
     assert masks.lower(SINKS, where)[0] == BandPlan(1, 0, 1)
 
 
+PLAIN = st.recursive(
+    st.one_of(
+        st.builds(Causal),
+        st.builds(Window, st.none() | st.integers(0, 4), st.none() | st.integers(0, 4)),
+        st.builds(FirstKeys, st.integers(0, 5)),
+        st.builds(KeyRange, st.integers(0, 3), st.integers(3, 8)),
+        st.builds(Chunks, st.integers(1, 5)),
+    ),
+    lambda masks_: st.one_of(
+        st.builds(operator.and_, masks_, masks_),
+        st.builds(operator.or_, masks_, masks_),
+        st.builds(operator.invert, masks_),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(PLAIN, st.lists(st.tuples(st.integers(1, 4), st.integers(1, 11)), min_size=3, max_size=5))
+def test_one_mask_serves_calls_of_every_size(mask, sizes):
+    """Short calls first: first keys are then all keys, and a plan kept from there would say so."""
+    for q_len, k_len in sorted(sizes, key=lambda size: size[1]):
+        check_lowering(mask, geometry(q_len, k_len))
+
+
 def test_plans_of_plain_numbers_are_kept_and_others_follow_their_tensors():
     where = geometry(5, 7)
     docs = Causal() & DOCS

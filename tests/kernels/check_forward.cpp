@@ -51,7 +51,7 @@ Output read_results(const Case& made) {
 // Each query row of each head group by itself, where decoding takes them together. False where it
 // does not (kernel/decode.h: kFewQueries), and then runs nothing.
 bool run_rows_alone(const Kernels& kernels, const Forward& call, Random& random) {
-  if (call.Lq * (call.Hq / call.Hkv) > 8) return false;
+  if (call.Lq * (call.Hq / call.Hkv) > 8 || call.dropout_threshold || call.row_max) return false;
   for (int64_t row = 0; row < call.Lq; ++row) {
     Forward one = call;
     one.Lq = 1;

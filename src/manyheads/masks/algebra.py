@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.arguments import FARTHEST
 from manyheads.errors import ArgumentTypeError
 from manyheads.masks.band import Band, band_ranges, join, meet
 from manyheads.masks.frame import DocumentTable, Frame
@@ -21,9 +22,7 @@ from manyheads.masks.placement import aligned_frame, default_positions
 from manyheads.masks.ranges import NotCompactError, Ranges
 from manyheads.masks.values import Value
 from manyheads.spec import (
-    BandPlan,
     DensePlan,
-    FullPlan,
     Geometry,
     MaskPlan,
     PerBatch,
@@ -51,8 +50,8 @@ class Mask(Value):
 
     #: Only ints, so the same geometry always gives the same plan, which may be kept.
     _fixed = True
-    #: A band whose numbers depend on no size: one plan for every geometry (decoding builds one per
-    #: call, for a geometry that grows by a key each time).
+    #: Made of plain numbers alone, so that there may be one plan for every geometry (decoding
+    #: builds one per call, for a geometry that grows by a key each time).
     _sizeless = False
     #: That plan, once made.
     _one_plan: MaskPlan | None = None
@@ -90,7 +89,7 @@ class Mask(Value):
         if kept is not None and kept[0] == geometry and kept[1] == inference:
             return kept[2]
         lowered = self._lower(geometry)
-        if self._sizeless and isinstance(lowered[0], (FullPlan, BandPlan)):
+        if self._sizeless and self._band_fits_every_size(geometry):
             self._remember(_one_plan=lowered[0])
         elif self._fixed and _may_keep(*lowered):
             self._remember(_kept=(geometry, inference, lowered))
@@ -114,6 +113,11 @@ class Mask(Value):
         where = torch.empty(0, device=device).device  # "cuda" with its number, as tensors have it
         geometry = Geometry(batch, q_heads, q_len, k_len, where, query_start)
         return self._dense(self._frame(geometry))
+
+    def _band_fits_every_size(self, geometry: Geometry) -> bool:
+        """Whether one plan serves all lengths; first keys, say, are all keys of a short call."""
+        band = self._band(self._frame(geometry))
+        return band is not None and band.plan(0) == band.plan(FARTHEST) is not None
 
     def _lower(self, geometry: Geometry) -> tuple[MaskPlan, QueryPositions]:
         frame = self._frame(geometry)
