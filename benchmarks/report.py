@@ -10,9 +10,10 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
+from rows import BF16, FP16, NAMES
 
 import manyheads as mh
-from manyheads.benchmark import Comparison, bfloat16_unit, fma_peak
+from manyheads.benchmark import Comparison, fma_peak, pair_unit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 PLOT = RESULTS.with_suffix(".svg")
@@ -114,11 +115,11 @@ def about(report: Report) -> list[str]:
     peaks = ", ".join(
         f"{name} {median(values) / 1e9:.0f} GFLOP/s" for name, values in report.peaks.items()
     )
-    unit = bfloat16_unit()
-    pairs = (
-        f"The bf16 peak is that of {unit}, on registers as well."
-        if unit
-        else "These kernels have no products of bfloat16: the limit of bf16 is the FMA peak."
+    pairs = " ".join(
+        f"The {NAMES[dtype]} peak is that of {pair_unit(dtype)}, measured likewise."
+        if pair_unit(dtype)
+        else f"These kernels multiply {NAMES[dtype]} as float32: its limit is the FMA peak."
+        for dtype in (BF16, FP16)
     )
     paragraphs = [
         f"Measured by `make bench`: {cpu_name()}, {torch.get_num_threads()} threads, "

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rows import Goal, Row
+from rows import NAMES, Goal, Row
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import manyheads as mh
 from manyheads.benchmark import (
     Comparison,
-    bfloat16_unit,
     check_close,
     compare,
+    pair_unit,
     peak_now,
     read_rate,
 )
@@ -60,8 +60,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def multiply_limit(dtype: torch.dtype) -> tuple[Callable[[], float], str]:
     """The peak of the products that kernels of this dtype can use, and what to call it."""
-    if dtype is torch.bfloat16 and bfloat16_unit():
-        return lambda: peak_now(dtype), "bf16 peak"
+    if pair_unit(dtype):
+        return lambda: peak_now(dtype), f"{NAMES[dtype]} peak"
     return peak_now, "FMA peak"
 
 

@@ -121,8 +121,8 @@ struct Kernels {
   void (*backward)(const Backward&, Stage, int64_t item, void* scratch);
   double flops_per_step;  // of multiply_add, which measures what this ISA can do at best
   float (*multiply_add)(int64_t steps);
-  double pair_flops_per_step = 0;  // the same for products of bfloat16 pairs, where the kernels
-  float (*multiply_pairs)(int64_t steps) = nullptr;  // use them; elsewhere 0 and null
+  double pair_flops_per_step = 0;  // the same for products of half-precision pairs, where the
+  float (*multiply_pairs)(int64_t steps) = nullptr;  // kernels use some; elsewhere 0 and null
 };
 
 // cpu.cpp: the kernels for this machine, chosen once; MANYHEADS_ISA overrides. Null with `error`

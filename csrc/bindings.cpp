@@ -113,11 +113,11 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
 }
 
 // GFLOP/s of multiply-adds on registers alone, on all of torch's threads, over about `seconds`: in
-// float32, or products of bfloat16 pairs where the kernels in use have instructions for them.
-double fma_peak(double seconds, bool bfloat16) {
+// float32 or, if the kernels in use have instructions for those, products of half-precision pairs.
+double fma_peak(double seconds, bool of_pairs) {
   const Choice choice = choose_kernels();
   if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
-  const bool pairs = bfloat16 && choice.kernels->multiply_pairs != nullptr;
+  const bool pairs = of_pairs && choice.kernels->multiply_pairs != nullptr;
   const auto multiply = pairs ? choice.kernels->multiply_pairs : choice.kernels->multiply_add;
   using Clock = std::chrono::steady_clock;
   const int64_t steps_at_once = pairs ? 2000 : 10000;  // so few microseconds between two looks
@@ -195,7 +195,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks, "
       "Tensor grad_slopes, Tensor grad_distance_values, Tensor grad_dense_bias)");
   m.def("advise_large_pages(Tensor data) -> ()");
-  m.def("fma_peak(float seconds, bool bfloat16=False) -> float");
+  m.def("fma_peak(float seconds, bool of_pairs=False) -> float");
   m.def("read_rate(Tensor data) -> float");
   m.def("cpu_kernels() -> (str name, str detected, str error, str matrix_types)");
 }

@@ -149,18 +149,20 @@ def test_overhead_is_taken_against_the_operator_with_the_same_arguments():
 # --- the machine's limit -------------------------------------------------------------------------
 
 
-def test_peak_of_bfloat16_is_that_of_the_unit_in_use():
-    def best(dtype):
-        return max(benchmark.fma_peak(0.0005, dtype) for _ in range(9))
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_the_limit_of_a_half_type_is_that_of_the_unit_in_use(dtype):
+    def best(of):
+        return max(benchmark.fma_peak(0.0005, of) for _ in range(9))
 
     isa = mh.info().isa
-    assert (benchmark.bfloat16_unit() is None) == (isa not in ("amx", "avx512_bf16"))
-    if isa == "amx":
-        assert best(BF16) > 3 * best(FP32)  # 16 times as many by instruction counts
-    assert best(BF16) > 0 and best(FP32) > 0
-    expected = "bf16 peak" if benchmark.bfloat16_unit() else "FMA peak"
-    assert tasks.multiply_limit(BF16)[1] == expected
-    assert tasks.multiply_limit(FP16)[1] == tasks.multiply_limit(FP32)[1] == "FMA peak"
+    units = {"amx_fp16": (BF16, FP16), "amx": (BF16,), "avx512_bf16": (BF16,)}
+    uses_pairs = dtype in units.get(isa, ())
+    assert (benchmark.pair_unit(dtype) is not None) == uses_pairs
+    word = {BF16: "bf16", FP16: "fp16"}[dtype]
+    assert tasks.multiply_limit(dtype)[1] == (f"{word} peak" if uses_pairs else "FMA peak")
+    assert best(dtype) > 0
+    if uses_pairs and isa.startswith("amx"):
+        assert best(dtype) > 3 * best(FP32)  # by counts of instructions, 16 times
 
 
 # --- which pairs count ---------------------------------------------------------------------------

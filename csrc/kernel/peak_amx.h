@@ -1,5 +1,5 @@
-// The machine's limit for pairs of bfloat16 in AMX's tiles: products on registers alone, with
-// enough sums in flight that none waits for the one before.
+// The machine's limit for pairs in AMX's tiles: products on registers alone, with enough sums in
+// flight that none waits for the one before. float16's take as long as bfloat16's.
 #pragma once
 
 #include "../tiles_amx.h"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from manyheads.environment import info
+from manyheads import _ops
 from manyheads.errors import ManyHeadsError
 from manyheads.functional import attention
 from manyheads.masks import Causal, Mask, Window
@@ -210,23 +210,28 @@ def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, value_dim
 def fma_peak(seconds: float = 0.3, dtype: torch.dtype = torch.float32) -> float | None:
     """The machine's multiply-add rate in GFLOP/s, measured now on the threads in use.
 
-    dtype: bfloat16 for products of bfloat16 pairs, summed in float32, with the instructions that
-        our kernels use (`bfloat16_unit`); where they have none, and for all else, float32.
+    dtype: one that our kernels have instructions for (`pair_unit`) for the products of its pairs,
+        summed in float32; all others mean float32.
 
     None when the native library is not there to measure it.
     """
     try:
-        from manyheads import _ops  # noqa: F401  (loads the library)
-
-        return float(torch.ops.manyheads.fma_peak(seconds, dtype is torch.bfloat16))
-    except (ImportError, AttributeError, RuntimeError):
+        return float(torch.ops.manyheads.fma_peak(seconds, pair_unit(dtype) is not None))
+    except (AttributeError, RuntimeError):
         return None
 
 
-def bfloat16_unit() -> str | None:
-    """What multiplies bfloat16 pairs in the kernels in use; None if they widen them to float32."""
-    units = {"amx": "AMX (tdpbf16ps)", "avx512_bf16": "AVX512-BF16 (vdpbf16ps)"}
-    return units.get(info().isa or "")
+#: ISA -> its instructions for products of pairs, by dtype.
+_PAIR_UNITS = {
+    "amx_fp16": {torch.bfloat16: "AMX's tdpbf16ps", torch.float16: "AMX's tdpfp16ps"},
+    "amx": {torch.bfloat16: "AMX's tdpbf16ps"},
+    "avx512_bf16": {torch.bfloat16: "AVX512-BF16's vdpbf16ps"},
+}
+
+
+def pair_unit(dtype: torch.dtype) -> str | None:
+    """What multiplies pairs of this dtype in the kernels in use; None if they widen to float32."""
+    return _PAIR_UNITS.get(_ops.cpu_kernels().name or "", {}).get(dtype)
 
 
 def peak_now(dtype: torch.dtype = torch.float32) -> float:
