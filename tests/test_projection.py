@@ -11,6 +11,8 @@ import torch
 from tolerance import assert_close_to_oracle
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads import MultiHeadAttention, projection
@@ -197,6 +199,38 @@ def test_flops_are_counted(count):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         project(linear, x)
     assert counter.get_total_flops() == 2 * count * INPUTS * OUTPUTS
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 2 * ROWS])
+@pytest.mark.parametrize(
+    ("mode", "name"), [(Operators, "aten.addmm.default"), (Functions, "linear")]
+)
+def test_who_watches_sees_the_layer(count, mode, name):
+    linear, x = layer(torch.bfloat16), rows(count, torch.bfloat16)
+    with torch.no_grad(), mode() as watching:
+        project(linear, x)
+    assert name in watching.seen
+    assert not any("addmv" in seen or "large_pages" in seen for seen in watching.seen)
 
 
 # PyTorch's forward mode loads its rules with torch.jit.script, which is deprecated.
