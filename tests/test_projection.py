@@ -166,7 +166,21 @@ def without_weight(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-OWN_RULES = [hooked, hooked_before, replaced, louder, parametrized, without_weight]
+class Packed(Tensor):
+    """As a quantised weight: it has its own way to be multiplied."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 2.0 * out if func is nn.functional.linear else out
+
+
+def packed(linear: nn.Linear) -> nn.Module:
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Packed))
+    return linear
+
+
+OWN_RULES = [hooked, hooked_before, replaced, louder, parametrized, without_weight, packed]
 
 
 @pytest.mark.parametrize("change", OWN_RULES)

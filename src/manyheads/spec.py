@@ -11,7 +11,7 @@ axis: query row r stands at key position p, key j at position j.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from torch import Tensor
 PerBatch: TypeAlias = int | Tensor
 
 
-class Geometry(NamedTuple):
+# Not frozen, as two others below: that would make one cost a microsecond of every call.
+@dataclass(slots=True)
+class Geometry:
     """The sizes a mask or bias is lowered for.
 
     `query_start` is what the caller gave (None: not given, so masks may align the queries
@@ -35,7 +37,8 @@ class Geometry(NamedTuple):
     query_start: PerBatch | None = None
 
 
-class QueryPositions(NamedTuple):
+@dataclass(slots=True)
+class QueryPositions:
     """Where each query row stands on the key axis: p = start + r, or p = rows[b, r].
 
     start: int or int32 [B], used where `rows` is None.
@@ -225,7 +228,7 @@ class AttentionSpec:
 NO_BIAS = BiasPlan()
 
 
-@dataclass(slots=True)  # not frozen: that makes one cost a microsecond, of every decoding step
+@dataclass(slots=True)
 class AttentionCall:
     """One validated call, as a backend receives it.
 

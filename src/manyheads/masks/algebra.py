@@ -314,7 +314,7 @@ def _may_keep(plan: MaskPlan, positions: QueryPositions) -> bool:
     """Small, and made of real tensors, not of the stand-ins that tracing makes."""
     if isinstance(plan, DensePlan):
         return False
-    values = [*(getattr(plan, field.name) for field in fields(plan)), *positions]
+    values = [getattr(part, field.name) for part in (plan, positions) for field in fields(part)]
     return all(type(value) is Tensor for value in values if isinstance(value, Tensor))
 
 
