@@ -62,7 +62,8 @@ class Maker {
       call_.B = random_.integer(1, 3);
       call_.Hkv = random_.integer(1, 3);
       call_.Hq = call_.Hkv * random_.one_of<int64_t>({1, 1, 2, 3, 5});
-      call_.Lq = random_.one_of<int64_t>({1, 1, 2, 3, 4, 5, 7, 13, 17, 37, 47, 48, 49, 67, 101, 199});
+      call_.Lq =
+          random_.one_of<int64_t>({1, 1, 2, 3, 4, 5, 7, 13, 17, 37, 47, 48, 49, 67, 101, 199});
       call_.Lk =
           random_.one_of<int64_t>({1, 2, 3, 5, 29, 53, 127, 128, 129, 131, 211, 311, 577, 1031});
       call_.D = random_.one_of(widths);
