@@ -20,6 +20,8 @@ constexpr int64_t kStep = 64;
 // How far ahead rows are fetched, into the second cache; measured. The processor by itself has too
 // few reads under way while it computes.
 constexpr int64_t kBytesAhead = 8192;
+// Not where K and V are so few bytes that this cache may hold them: fetching from it costs time.
+constexpr int64_t kFewBytes = 3 << 19;
 
 // Not where a backward pass is to follow: it recomputes the scores in the tiles' order. Nor with
 // dropout, which is training too.
@@ -99,9 +101,11 @@ inline Rows rows_from(Type type, const void* data, const int64_t (&stride)[3], c
   return {static_cast<const char*>(row_at(data, type, stride, tile.b, tile.hkv, key)),
           stride[2] * size_of(type)};
 }
-// From a row that is read to the one that is fetched meanwhile.
-inline int64_t bytes_ahead(Type type, Rows rows, int64_t width) {
-  return maximum(kBytesAhead / (width * size_of(type)), 1) * rows.stride;
+// From a row that is read to the one that is fetched meanwhile; 0: none is.
+inline int64_t bytes_ahead(const Forward& call, Rows rows, int64_t width) {
+  const int64_t bytes = size_of(call.type);
+  if (call.B * call.Hkv * call.Lk * (call.D + call.Dv) * bytes <= kFewBytes) return 0;
+  return maximum(kBytesAhead / (width * bytes), 1) * rows.stride;
 }
 
 // Query rows share what is read of K and V: they are taken in groups of four, the last of fewer.
@@ -336,7 +340,7 @@ void decode_step(const Forward& call, const DecodeScratch& scratch, int64_t key,
   };
   for_groups(tile.count, [&](auto group, int r) {
     constexpr int R = group.kRows;
-    const int64_t ahead = r == 0 ? bytes_ahead(kType, keys, call.D) : 0;
+    const int64_t ahead = r == 0 ? bytes_ahead(call, keys, call.D) : 0;
     if (extent_of_group(r, R) != Extent::none)
       score_keys<kType, R>(scratch.query + r * call.D, keys, n, call.D, ahead,
                            scratch.scores + r * kStep);
@@ -359,7 +363,7 @@ void decode_step(const Forward& call, const DecodeScratch& scratch, int64_t key,
     constexpr int R = group.kRows;
     const float* const weights = scratch.scores + r * kStep;
     float* const out = state.out + r * call.Dv;
-    const int64_t ahead = r == 0 ? bytes_ahead(kType, values, call.Dv) : 0;
+    const int64_t ahead = r == 0 ? bytes_ahead(call, values, call.Dv) : 0;
     const Extent common = extent_of_group(r, R);
     if (common == Extent::all)
       add_values<kType, R, false>(weights, values, n, call.Dv, ahead, factor + r, out);
