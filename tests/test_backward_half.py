@@ -121,10 +121,11 @@ def test_several_superblocks_and_spans_of_queries(plan: MaskPlan) -> None:
     check(make_call(plan, sizes=(1, 2, 1, 1601, 1601, 5, 3)))
 
 
-@pytest.mark.parametrize("size", [1e2, 1e4])
-def test_large_logits(size: float) -> None:
-    """Weights are exact only from the maximum that the forward pass found, to the bit."""
-    call = make_call(BandPlan(right=0), sizes=(2, 2, 1, 131, 131, 64, 16))
+@pytest.mark.parametrize("keys", [1, 131])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_large_logits(size: float, keys: int) -> None:
+    """One key has a weight of 1 only if its score is the forward pass's to the bit."""
+    call = make_call(sizes=(2, 2, 1, 131, keys, 64, 16))
     check(replace(call, query=call.query * size))
 
 
