@@ -171,7 +171,8 @@ def draw(lines: list[Line], path: Path) -> bool:
             error_kw={"capsize": 2, "elinewidth": 0.8},
         )
         if line.goal_ratio is not None:
-            axes.plot([line.goal_ratio] * 2, [place - 0.4, place + 0.4], color="black")
+            mark = [place - 0.4, place + 0.4]
+            axes.plot([line.goal_ratio] * 2, mark, color="black", gid=f"goal of {line.name}")
     axes.set_yticks(range(len(bars)), [line.name for line in bars], fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xscale("log")

@@ -317,7 +317,8 @@ def test_results_are_written_as_a_table_and_a_plot(tmp_path):
     assert "FMA peak 2 GFLOP/s" in text and "- Another: not installed" in text
     assert "](RESULTS.svg)" in text
     drawn = plot.read_text()
-    assert "first" in drawn and "second" in drawn and "third" not in drawn
+    assert ">first<" in drawn and ">second<" in drawn and "third" not in drawn
+    assert "goal of first" in drawn and "goal of second" not in drawn
 
 
 def test_without_matplotlib_the_table_is_written_all_the_same(tmp_path, monkeypatch):
