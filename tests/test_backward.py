@@ -337,7 +337,7 @@ def test_a_batch_changes_no_bit(plan: str) -> None:
     for b in range(B):
         one = slice(b, b + 1)
         parts = {name: x[one] for name, x in leaves_of(whole).items()}
-        alone = replace(with_leaves(whole, parts), geometry=whole.geometry._replace(batch=1))
+        alone = replace(with_leaves(whole, parts), geometry=replace(whole.geometry, batch=1))
         if isinstance(alone.plan, DensePlan):
             alone = replace(alone, plan=replace(alone.plan, allowed=alone.plan.allowed[one]))
         back = tuple(x[one] for x in backs(whole))

@@ -207,7 +207,7 @@ def test_a_batch_changes_no_bit(plan: str) -> None:
     together = found_by_native(whole, backs_of(whole))
     for b in range(B):
         parts = {name: x[b : b + 1] for name, x in leaves_of(whole).items()}
-        alone = replace(with_leaves(whole, parts), geometry=whole.geometry._replace(batch=1))
+        alone = replace(with_leaves(whole, parts), geometry=replace(whole.geometry, batch=1))
         grad_out, grad_lse = (x[b : b + 1] for x in backs_of(whole))
         for name, gradient in found_by_native(alone, (grad_out, grad_lse)).items():
             assert torch.equal(gradient, together[name][b : b + 1])

@@ -73,7 +73,7 @@ def block_of(call: AttentionCall, begin: int, end: int) -> Block:
 
 def rows_of(call: AttentionCall, begin: int, end: int) -> AttentionCall:
     """The call for query rows [begin, end) alone, where they stood."""
-    geometry = call.geometry._replace(q_len=end - begin)
+    geometry = replace(call.geometry, q_len=end - begin)
     positions = call.positions
     if positions.rows is not None:
         positions = QueryPositions(rows=positions.rows[:, begin:end])
