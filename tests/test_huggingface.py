@@ -523,6 +523,21 @@ def test_a_users_own_mask_works(dtype):
         assert_same_outputs(model, logits)
 
 
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_a_users_own_mask_may_broadcast(model):
+    model = bert() if model == "bert" else decoder(model)
+    ids, mask = padded("right")
+    row = mask.bool()[:, None, None, :]
+
+    def output(model):
+        keys = row if model.config._attn_implementation != "eager" else additive
+        return model(ids, attention_mask=keys)[0]
+
+    additive = torch.zeros(row.shape).masked_fill(~row, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        assert_same_outputs(model, output, mask.bool())
+
+
 class Causally(torch.nn.Module):
     is_causal = True
 
