@@ -186,6 +186,18 @@ def _dense_shared(case, start, row, key, generator):
     return mh.Dense(allowed), allowed[None, None], None
 
 
+def _dense_keys(case, start, row, key, generator):
+    """A padding mask full of holes: one row of keys for all heads and queries."""
+    allowed = torch.rand((case.batch, 1, 1, len(key)), generator=generator) < 0.5
+    return allowed, allowed, None
+
+
+def _dense_rows(case, start, row, key, generator):
+    """Whole query rows, by head."""
+    allowed = torch.rand((1, case.heads[0], len(row), 1), generator=generator) < 0.7
+    return mh.Dense(allowed), allowed, None
+
+
 def _nothing(case, start, row, key, generator):
     nothing = torch.zeros(1, 1, len(row), len(key), dtype=torch.bool)
     return mh.KeyRange(0, 0), nothing, None
@@ -203,6 +215,8 @@ MASKS: dict[str, Callable[..., tuple[object, Tensor | None, Tensor | None]]] = {
     "dense": _dense,
     "dense_shared": _dense_shared,
     "nothing": _nothing,
+    "dense_rows": _dense_rows,
+    "dense_keys": _dense_keys,
 }
 
 

@@ -15,8 +15,12 @@ from transformers import (
     AttentionMaskInterface,
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -69,6 +73,22 @@ DECODERS = {
             layer_types=["sliding_attention", "full_attention"],
             num_local_experts=3,
             num_experts_per_tok=2,
+        ),
+    ),
+    "gpt2": (
+        GPT2LMHeadModel,
+        lambda: GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=24,
+            n_inner=29,
+            n_layer=2,
+            n_head=3,
+            n_positions=31,
+            initializer_range=0.3,
+            attn_pdrop=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=None,
         ),
     ),
 }
@@ -310,6 +330,38 @@ def test_a_mask_can_be_cut_like_a_tensor():
     assert torch.equal(ours[:, :, :, :7], theirs[:, :, :, :7])
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_mask_reads_as_the_tensor_it_stands_for(device):
+    ours = compact_mask(batch_size=3, q_length=5, kv_length=11, device=device)
+    tensor = ours.materialize()
+    assert ours.ndim == ours.dim() == tensor.dim() and ours.shape == tensor.shape
+    assert ours.dtype == tensor.dtype and ours.device == tensor.device
+    nothing = compact_mask(3, 5, 11, mask_function=masking_utils.bidirectional_mask_function,
+                           device=device)  # fmt: skip
+    assert nothing.materialize().device == nothing.device == ours.device
+
+
+def test_a_model_that_computes_with_its_mask_is_told_so():
+    small = dict(vocab_size=VOCABULARY, hidden_size=24, n_layer=1, n_head=3)
+    model = BloomForCausalLM(BloomConfig(**small, attn_implementation="manyheads")).eval()
+    ids, mask = padded("left")
+    with pytest.raises(ArgumentError, match=r'itself computes with its mask.*="sdpa"'):
+        model(ids, attention_mask=mask)
+
+
+def test_no_tensor_operation_takes_the_mask():
+    ours, scores = compact_mask(batch_size=3, q_length=5, kv_length=11), torch.zeros(3, 2, 5, 11)
+    operations = [
+        lambda: scores + ours,
+        lambda: ours + scores,
+        lambda: scores.masked_fill(ours, 0.0),
+        lambda: torch.where(ours, scores, 0.0),
+    ]
+    for operation in operations:
+        with pytest.raises(ArgumentError, match="which is no tensor"):
+            operation()
+
+
 def test_all_ones_padding_is_nothing():
     ours, _ = both_masks(CAUSAL, SIZES[0], torch.ones(3, 11, dtype=torch.bool))
     assert ours.mask == mh.Causal() and ours.key_bias is None
@@ -521,6 +573,21 @@ def test_a_users_own_mask_works(dtype):
 
     with torch.no_grad():
         assert_same_outputs(model, logits)
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_a_users_own_mask_may_broadcast(model):
+    model = bert() if model == "bert" else decoder(model)
+    ids, mask = padded("right")
+    row = mask.bool()[:, None, None, :]
+
+    def output(model):
+        keys = row if model.config._attn_implementation != "eager" else additive
+        return model(ids, attention_mask=keys)[0]
+
+    additive = torch.zeros(row.shape).masked_fill(~row, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        assert_same_outputs(model, output, mask.bool())
 
 
 class Causally(torch.nn.Module):

@@ -555,6 +555,37 @@ def test_a_dense_mask_without_runs_is_used_as_it_is():
     assert combined.kind == "dense" and not combined.from_user
 
 
+BROADCAST = [(2, 1, 1, 13), (1, 3, 1, 13), (2, 3, 1, 13), (1, 13), (11, 1), (2, 1, 11, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("shape", BROADCAST, ids=str)
+@pytest.mark.parametrize("density", [0.5, 0.9])
+def test_a_dense_mask_broadcasts(shape, density):
+    where = geometry(11, 13, batch=2, q_heads=3)
+    allowed = torch.rand(shape, generator=torch.Generator().manual_seed(7)) < density
+    mask = Dense(allowed)
+    for whole in (mask, Causal() & mask, mask | Window(1, 0), ~mask, mask & Dense(~allowed)):
+        check_lowering(whole, where)
+    full = Dense(allowed[(None,) * (4 - len(shape))].expand(2, 3, 11, 13))
+    size = dict(batch=2, q_heads=3)
+    assert torch.equal(
+        mask.materialize(11, 13, **size).expand(2, 3, 11, 13), full.materialize(11, 13, **size)
+    )
+
+
+def test_a_broadcast_dense_mask_takes_no_memory_per_pair():
+    count = 200_000  # 40 GB as bools
+    where = geometry(count, count)
+    holes = (torch.arange(count) % 3 > 0)[None, None, None]
+    plan = masks.lower(holes, where)[0]
+    assert plan.kind == "dense" and plan.allowed.data_ptr() == holes.data_ptr()
+    assert plan.allowed.shape == (1, 1, count, count) and plan.allowed.stride(2) == 0
+    two_ranges = masks.lower(~KeyRange(5, 7).materialize(1, count), where)[0]
+    assert two_ranges.ranges.shape == (1, 1, count, 2, 2)
+    some_rows = masks.lower(holes.mT, where)[0]
+    assert some_rows.ranges[0, 0, :3, 0].tolist() == [[0, 0], [0, count], [0, count]]
+
+
 def test_a_dense_mask_is_scanned_once_and_again_after_a_change():
     tensor = torch.ones(5, 7, dtype=torch.bool)
     mask = Dense(tensor)
@@ -768,6 +799,8 @@ def test_empty_sizes(q_len, k_len):
         check_lowering(mask, geometry(q_len, k_len))
         check_lowering(~mask | SINKS, geometry(q_len, k_len))
     check_lowering(Dense(torch.ones(q_len, k_len, dtype=torch.bool)), geometry(q_len, k_len))
+    check_lowering(Dense(torch.ones(1, k_len, dtype=torch.bool)), geometry(q_len, k_len))
+    check_lowering(Dense(torch.ones(q_len, 1, dtype=torch.bool)), geometry(q_len, k_len))
     check_lowering(Predicate(lambda b, h, p, j: j <= p), geometry(q_len, k_len))
 
 
@@ -963,6 +996,8 @@ COMPILED = [
     Causal() & Documents(torch.tensor([2, 3]), torch.tensor([3, 4])),
     ~Window(1, 0) | QueryRows([0, 2]),
     Dense(torch.ones(5, 7, dtype=torch.bool)) & Chunks(2),
+    Dense(torch.tensor([[True, False] * 3 + [True]])),
+    Dense(torch.tensor([[True], [False], [True], [True], [False]])),
     Predicate(lambda b, h, p, j: (p - j) % 2 == 0),
 ]
 

@@ -105,7 +105,8 @@ def attention(
         key: [B, Hkv, Lk, D] or [Hkv, Lk, D].
         value: [B, Hkv, Lk, Dv] or [Hkv, Lk, Dv].
         mask: which keys a query may attend to: a mask object such as `Causal()`, or a bool tensor
-            [Lq, Lk] or [B|1, Hq|1, Lq, Lk], True = may attend. None: all.
+            [Lq|1, Lk|1] or [B|1, Hq|1, Lq|1, Lk|1], True = may attend; [B, 1, 1, Lk] is a padding
+            mask and costs that much memory. None: all.
         attn_bias: what is added to the scores: a bias object such as `Alibi()`, or a floating
             tensor that broadcasts to [B, Hq, Lq, Lk].
         scale: multiplies the scores; 1 / sqrt(D) by default.

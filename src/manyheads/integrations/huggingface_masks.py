@@ -17,13 +17,14 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from manyheads.errors import ArgumentError
 from manyheads.masks import Causal, Chunks, Dense, Documents, KeyRange, Mask, Window
 
 MaskFunction = Callable[..., Any]
@@ -54,17 +55,42 @@ class CompactMask(BlockMask):
         mask: Mask | None,
         query_start: int | Tensor | None,
         key_bias: Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         # BlockMask.__init__ wants its block lists; nothing that uses them is reached.
         self._shape = shape
         self.mask = mask
         self.query_start = query_start
         self.key_bias = key_bias
+        self._device = torch.device(device)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, 1, Lq, Lk)."""
         return self._shape
+
+    # What models read off a 4-D mask before they hand it on.
+    ndim = 4
+    dtype = torch.bool
+
+    def dim(self) -> int:
+        """4, as of the tensor that this stands for."""
+        return self.ndim
+
+    @property
+    def device(self) -> torch.device:
+        """Where `materialize()` makes the tensor."""
+        return self._device
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> NoReturn:
+        """What `scores + mask` and `torch.where(mask, ...)` end in."""
+        raise ArgumentError(
+            f"the model itself computes with its mask (it calls {function.__name__}), instead of "
+            'handing it to the attention function: got the mask of attn_implementation="manyheads",'
+            " which is no tensor; expected a model that goes through transformers' attention "
+            'table. Load it with attn_implementation="sdpa" or "eager".'
+        )
 
     def contiguous(self) -> CompactMask:
         """Itself: what transformers calls before it hands a mask to a compiled forward."""
@@ -82,10 +108,12 @@ class CompactMask(BlockMask):
         """The bool tensor [B, 1, Lq, Lk] that this stands for, True = may attend."""
         batch, _, q_len, k_len = self._shape
         if self.mask is None:
-            allowed = torch.ones(self._shape, dtype=torch.bool)
+            allowed = torch.ones(self._shape, dtype=torch.bool, device=self._device)
         else:
             start = per_batch(self.query_start, batch)
-            allowed = self.mask.materialize(q_len, k_len, batch=batch, query_start=start)
+            allowed = self.mask.materialize(
+                q_len, k_len, batch=batch, query_start=start, device=self._device
+            )
         if self.key_bias is not None:
             allowed = allowed & (self.key_bias == 0)
         return allowed.expand(self._shape)
@@ -139,8 +167,8 @@ def compact_mask(
         key_bias = torch.zeros(keys.shape, dtype=dtype, device=keys.device)
         key_bias = key_bias.masked_fill(~keys, -math.inf)[:, None, None, :]
     if mask is not None and _holds(mask, Documents):
-        return CompactMask(shape, mask, None, key_bias)  # documents place their own queries
-    return CompactMask(shape, mask, query_start, key_bias)
+        query_start = None  # documents place their own queries
+    return CompactMask(shape, mask, query_start, key_bias, device)
 
 
 @dataclass(frozen=True)

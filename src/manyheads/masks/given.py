@@ -13,7 +13,14 @@ from manyheads.errors import ArgumentTypeError, DeviceError, ShapeError
 from manyheads.masks.algebra import Mask
 from manyheads.masks.checks import broadcasts
 from manyheads.masks.frame import Frame
-from manyheads.masks.ranges import MOST_RANGES, NotCompactError, Ranges, scan, stack_rows
+from manyheads.masks.ranges import (
+    MOST_RANGES,
+    NotCompactError,
+    Ranges,
+    one_range,
+    scan,
+    stack_rows,
+)
 from manyheads.spec import DensePlan, Geometry
 
 #: Pairs looked at together: keeps index temporaries near 8 MB.
@@ -22,18 +29,19 @@ _PAIRS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dense(Mask):
-    """A bool tensor, True = may attend, with memory of its own for every pair.
+    """A bool tensor, True = may attend, that broadcasts to [B, Hq, Lq, Lk].
 
     Lowering looks at it once: if every row is at most 4 runs of keys it becomes intervals and runs
     as fast as a mask that was written down; else it is used as it is. Keep the Dense object for
     several calls, so that it is scanned once, and do not change the tensor meanwhile (changes
-    made through torch are noticed). Inside torch.compile it is not scanned.
+    made through torch are noticed). Inside torch.compile it is not scanned. An axis of size 1
+    stands for all of its entries and is never filled up: a padding mask [B, 1, 1, Lk] costs B * Lk.
 
     >>> Dense(torch.tensor([[True, False], [True, True]]))
     Dense(tensor(bool[2, 2]))
 
     Args:
-        allowed: bool, [Lq, Lk], or [B|1, Hq|1, Lq, Lk].
+        allowed: bool, [Lq|1, Lk|1], or [B|1, Hq|1, Lq|1, Lk|1].
 
     Raises:
         ArgumentTypeError: not a bool tensor. Numbers to add to the scores are attn_bias.
@@ -56,13 +64,13 @@ class Dense(Mask):
             )
         if allowed.dim() == 3:
             raise ShapeError(
-                f"A dense mask must have shape [Lq, Lk] or [B|1, Hq|1, Lq, Lk]; got "
+                f"A dense mask must have shape [Lq|1, Lk|1] or [B|1, Hq|1, Lq|1, Lk|1]; got "
                 f"{list(allowed.shape)}, where the first axis could be batch or heads. Write "
                 "mask[:, None] for one per batch element, mask[None] for one per head."
             )
         if allowed.dim() not in (2, 4):
             raise ShapeError(
-                f"A dense mask must have shape [Lq, Lk] or [B|1, Hq|1, Lq, Lk]; got "
+                f"A dense mask must have shape [Lq|1, Lk|1] or [B|1, Hq|1, Lq|1, Lk|1]; got "
                 f"{list(allowed.shape)}. Which keys exist is KeyLengths or KeyRange."
             )
 
@@ -74,13 +82,11 @@ class Dense(Mask):
                 "mask object, whose few numbers move by themselves."
             )
         sizes = (geometry.batch, geometry.q_heads, geometry.q_len, geometry.k_len)
-        b, h, q, k = (1, 1, *self.allowed.shape)[-4:]
-        fits = broadcasts(b, sizes[0]) and broadcasts(h, sizes[1])
-        if not fits or q != sizes[2] or k != sizes[3]:
+        if not all(map(broadcasts, (1, 1, *self.allowed.shape)[-4:], sizes)):
             raise ShapeError(
-                f"A dense mask must fit the call: [Lq, Lk] = {list(sizes[2:])}, or "
-                f"[B|1, Hq|1, Lq, Lk] = {list(sizes)}; got {list(self.allowed.shape)}. "
-                "Expand or slice it to these sizes."
+                f"A dense mask must fit the call, each size being 1 or the call's: "
+                f"[Lq, Lk] = {list(sizes[2:])}, or [B, Hq, Lq, Lk] = {list(sizes)}; "
+                f"got {list(self.allowed.shape)}. Slice it to these sizes."
             )
 
     def _allowed(self, frame: Frame) -> Tensor:
@@ -88,6 +94,9 @@ class Dense(Mask):
         return allowed if allowed.dim() == 4 else allowed[None, None]
 
     def _ranges(self, frame: Frame) -> Ranges:
+        if self.allowed.shape[-1] == 1:  # every row is all keys or none, whatever the values
+            end = self._allowed(frame) * frame.geometry.k_len
+            return one_range(0, end, frame.geometry, whole_rows=True)
         if torch.compiler.is_compiling():
             raise NotCompactError("a bool tensor is not scanned inside torch.compile")
         ranges = self._scan(frame)
