@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +106,96 @@ def test_memory_note_matches_what_is_allocated() -> None:
             mh.attention(*long, mask=mask, backend="sdpa").sum().backward()
         largest = max(event.cpu_memory_usage for event in profile.events())
         assert (note is not None) == grows == (largest >= 2048 * 2048), (mask, note, largest)
+
+
+HEADS, LONG = 5, 499
+PAIRS = torch.randn(1, 1, LONG, LONG)
+HALF = torch.bfloat16
+
+
+def _over_heads(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.expand(1, HEADS, LONG, LONG)
+
+
+def _ready(given: Any) -> torch.Tensor:
+    """The mask or bias as kernels read it."""
+    if isinstance(given, mh.Dense):
+        return given.allowed.contiguous()
+    if isinstance(given, torch.nn.Module):
+        return sum(part.tensor for part in given.parts)
+    return given.float().contiguous()
+
+
+# What a call is given -> its part of the note, and the most that is copied, in bytes per pair.
+DENSE = {
+    "expanded": (lambda: {"attn_bias": _over_heads(PAIRS)}, None, 0),
+    "keys in half": (lambda: {"attn_bias": _over_heads(PAIRS[:, :, :1].to(HALF))}, None, 0),
+    "rows in half": (lambda: {"attn_bias": _over_heads(PAIRS[..., :1].to(HALF))}, None, 0),
+    "half": (lambda: {"attn_bias": _over_heads(PAIRS.to(HALF))}, "bias is copied", 4),
+    "transposed": (lambda: {"attn_bias": _over_heads(PAIRS.mT)}, "bias is copied", 4),
+    "both": (
+        lambda: {"attn_bias": PAIRS.to(HALF).mT, "mask": PAIRS[0, 0].T > 0},
+        "the mask is copied.* and attn_bias is copied",
+        4,
+    ),
+    "mask": (lambda: {"mask": _over_heads(PAIRS > 0)}, None, 0),
+    "mask of one row": (
+        lambda: {"mask": (PAIRS.mT > 0)[:, :, :1].expand(1, HEADS, LONG, LONG)}, None, 0
+    ),
+    "transposed mask": (lambda: {"mask": _over_heads(PAIRS.mT > 0)}, "the mask is copied", 1),
+    "sum": (
+        lambda: {"attn_bias": mh.DenseBias(PAIRS[..., :1]) + mh.DenseBias(PAIRS[:, :, :1])},
+        "sum of several", 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", DENSE)
+def test_a_dense_mask_or_bias_is_copied_no_larger_than_it_is_and_not_silently(given: str) -> None:
+    make, note, bytes_per_pair = DENSE[given]
+    arguments = make()
+    dtype = getattr(arguments.get("attn_bias"), "dtype", torch.float32)
+    inputs = [torch.randn(1, HEADS, LONG, 8).to(dtype) for _ in range(3)]
+    if "mask" in arguments:  # scanned once: that is another memory, a block at a time
+        arguments["mask"] = mh.Dense(arguments["mask"])
+    found = mh.explain(*inputs, **arguments)
+    assert found.backend == "native"
+    if note is None:
+        assert found.memory is None
+        mh.attention(*inputs, **arguments, strict=True)
+    else:
+        assert re.search(note, found.memory)
+        with pytest.raises(mh.StrictError, match=note):
+            mh.attention(*inputs, **arguments, strict=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = mh.attention(*inputs, **arguments)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < (bytes_per_pair + 0.5) * LONG * LONG
+    assert torch.equal(out, mh.attention(*inputs, **{k: _ready(v) for k, v in arguments.items()}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_every_element_of_an_expanded_bias_has_a_gradient_of_its_own(
+    axis: int, dtype: torch.dtype
+) -> None:
+    query, key = torch.randn(1, 3, 5, 8).to(dtype), torch.randn(1, 3, 7, 8).to(dtype)
+    bias = torch.randn(1, 3, 5, 7).to(dtype).narrow(axis, 0, 1).expand(1, 3, 5, 7)
+    note = mh.explain(query, key, key, attn_bias=bias.requires_grad_()).memory
+    assert ("is copied" if dtype == HALF or axis == 3 else "gets a gradient") in note
+    with torch.no_grad():
+        alone = mh.explain(query, key, key, attn_bias=bias).memory
+    assert (alone is None) == (dtype == torch.float32 or axis != 1)
+
+    def loss(bias: torch.Tensor) -> torch.Tensor:
+        out = mh.attention(query, key, key, attn_bias=bias, backend="native")
+        return out.float().square().sum()
+
+    plain = bias.detach().contiguous().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(plain), plain)
+    assert expected.unique().numel() > 50
+    assert torch.equal(torch.autograd.grad(loss(bias), bias)[0], expected)
+    assert torch.equal(torch.func.grad(loss)(bias.detach()), expected)
 
 
 def test_info_names_versions_and_kernels() -> None:

@@ -197,6 +197,29 @@ def test_queries_far_from_all_keys(start: int | Tensor, mask: mh.Mask | None, ba
     assert_close_to_oracle(out, attend(problem)[0], plain, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
+)
+def test_numbers_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    """A start, and a mask's numbers, whose sums and limits a narrow dtype cannot hold."""
+    query, key, value = torch.randn(2, 1, 5, 8), *torch.randn(2, 2, 1, 127, 8)
+    numbers = torch.tensor([97, 113])
+    narrow = numbers.to(dtype)
+    for mask in (mh.Causal(), mh.Window(7, 3) | mh.FirstKeys(2)):
+        out = mh.attention(query, key, value, mask=mask, query_start=narrow)
+        assert torch.equal(out, mh.attention(query, key, value, mask=mask, query_start=numbers))
+    lengths, rest = torch.tensor([3, 2]), torch.tensor([120, 7])
+    for of in (
+        lambda wide, few, many: mh.Causal() & mh.KeyLengths(wide),
+        lambda wide, few, many: mh.KeyRange(wide, None) & mh.Chunks(3) & mh.FirstKeys(few),
+        lambda wide, few, many: mh.Causal() & mh.Documents(few, many),
+        lambda wide, few, many: ~mh.QueryRows(few),
+    ):
+        expected = mh.attention(query, key, value, mask=of(numbers, lengths, rest))
+        mask = of(narrow, lengths.to(dtype), rest.to(dtype))
+        assert torch.equal(mh.attention(query, key, value, mask=mask), expected)
+
+
 def test_alibi_where_float32_cannot_count() -> None:
     """Keys and queries beyond 2**24: every other position is no float32. Only 64 keys are read."""
     near, k_len, start = 64, 2**24 + 128, 2**24 + 77

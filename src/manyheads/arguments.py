@@ -17,7 +17,9 @@ from manyheads.spec import PerBatch
 
 #: Positions stay below this, so that sums of a few of them fit the kernels' 32-bit lanes.
 _POSITION_LIMIT = 1 << 29
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+#: Integers that cannot leave the limit, nor hold it.
+_NARROW = (torch.int8, torch.uint8, torch.int16)
+_INTEGERS = (*_NARROW, torch.int32, torch.int64)
 
 
 #: Positions further out than this mean no more than this: kernels count in int32.
@@ -114,6 +116,8 @@ def check_query_start(query_start: Any, batch: int, device: torch.device) -> Per
                 f"query_start is elsewhere: got {query_start.device}; expected the query's device "
                 f"{device}; move it with .to(query.device)"
             )
+        if query_start.dtype in _NARROW:
+            return query_start.to(torch.int32)
         # Far outside all keys is far outside, however far; a bare cast would wrap around.
         return query_start.clamp(-FARTHEST, FARTHEST).to(torch.int32)
     if isinstance(query_start, bool) or not isinstance(query_start, (int, torch.SymInt)):

@@ -33,6 +33,7 @@ from manyheads.spec import (
     IntervalsPlan,
     MaskPlan,
     PerBatch,
+    dense_memory,
 )
 
 
@@ -299,10 +300,11 @@ def prepare(
     transformed = _transformed()
     causal = isinstance(plan, BandPlan) and plan.is_top_left_causal(query_positions)
     kinds = () if bias is NO_BIAS else bias.kinds
+    pairs = dense_memory(plan, bias) if "dense" in kinds or plan.kind == "dense" else None
     fields = (
         batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim, dtype, device.type, plan.kind,
         kinds, softcap is not None, sinks is not None, dropout_p > 0.0, needs_grad, needs_lse,
-        causal, transformed, transformed and _forward_mode(),
+        causal, transformed, transformed and _forward_mode(), pairs,
     )  # fmt: skip
     return call, fields, unbatched
 

@@ -316,6 +316,7 @@ def _add(left: BiasPlan, right: BiasPlan) -> BiasPlan:
         distance_values=values,
         distance_offset=offset,
         dense=_add_present(left.dense, right.dense),
+        dense_is_sum=left.dense_is_sum or (left.dense is not None and right.dense is not None),
     )
 
 

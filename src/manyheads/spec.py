@@ -159,13 +159,14 @@ class BiasPlan:
     slopes: [Hq], ALiBi: adds -slope * |p - j|.
     distance_values: [Hq, N] with distance_offset: adds
         distance_values[h, clamp(j - p + distance_offset, 0, N - 1)] (T5's relative bias).
-    dense: [B|1, Hq|1, Lq|1, Lk|1], added as it is.
+    dense: [B|1, Hq|1, Lq|1, Lk|1], added as it is. dense_is_sum: it was made here, of several.
     """
 
     slopes: Tensor | None = None
     distance_values: Tensor | None = None
     distance_offset: int = 0
     dense: Tensor | None = None
+    dense_is_sum: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -222,10 +223,52 @@ class AttentionSpec:
     causal: bool = False  # the plan is exactly "key j <= query row r"
     transformed: bool = False  # inside a torch.func transform or forward-mode differentiation
     forward_mode: bool = False  # of these, forward-mode differentiation
+    dense_memory: str | None = None  # what `dense_memory` says of the call's mask and bias
 
 
 #: Adds nothing.
 NO_BIAS = BiasPlan()
+
+
+def collapse(tensor: Tensor) -> Tensor:
+    """The view that has 1 element along every axis that repeats one (stride 0)."""
+    for axis, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[axis] > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
+def may_collapse(bias: Tensor) -> bool:
+    """False if someone may want the gradient of a dense bias: the view would get all of it.
+
+    Under a torch.func transform a tensor does not tell that it requires grad.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return not (bias.requires_grad and torch.is_grad_enabled())
+
+
+def dense_memory(plan: MaskPlan, bias: BiasPlan) -> str | None:
+    """Why kernels need more than a dense mask and bias as they were given, Lq * Lk; None if not.
+
+    Kernels read bools and float32, contiguous along the keys, and broadcast every other axis.
+    """
+    reasons = []
+    if isinstance(plan, DensePlan):
+        allowed = plan.allowed
+        if allowed.stride(3) != 1 and allowed.stride(2) != 0 and _has_pairs(allowed):
+            reasons.append("the mask is copied, for a contiguous last axis")
+    dense = bias.dense
+    if dense is not None and _has_pairs(dense):
+        read = collapse(dense) if may_collapse(dense) else dense
+        ready = dense.dtype is torch.float32 and dense.stride(3) == 1
+        if not ready and _has_pairs(read):
+            reasons.append("attn_bias is copied, as float32 with a contiguous last axis")
+        elif bias.dense_is_sum:
+            reasons.append("attn_bias is the sum of several tensors")
+        elif read is dense and dense.requires_grad and _repeats(dense):
+            reasons.append("attn_bias gets a gradient as large as it was expanded to")
+    return f"{' and '.join(reasons)}: memory grows with Lq * Lk" if reasons else None
 
 
 @dataclass(slots=True)
@@ -251,6 +294,16 @@ class AttentionCall:
     dropout_p: float = 0.0
     needs_lse: bool = False
     dropout_factors: Tensor | None = None
+
+
+def _repeats(tensor: Tensor) -> bool:
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def _has_pairs(tensor: Tensor) -> bool:
+    return tensor.shape[2] > 1 and tensor.shape[3] > 1
 
 
 def _column(value: PerBatch, geometry: Geometry, dims: int = 4) -> Tensor | int:

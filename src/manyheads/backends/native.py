@@ -5,7 +5,8 @@ where the processor has instructions for them (AMX, AVX512-BF16), which take wei
 K and V are taken with any strides, as long as each row is contiguous: float32 rows that follow each
 other are read in place, others are copied, and half types widened or paired, a block at a time.
 Grouped heads share them, masked blocks are skipped, dropout is drawn again in the backward pass,
-and memory beyond inputs and outputs does not grow with Lq * Lk, in training neither.
+and memory beyond inputs and outputs does not grow with Lq * Lk, in training neither; but a dense
+mask or bias that is not as the kernels read it is copied (`memory_note`).
 
 Second derivatives, which the kernels do not have, are those of definition.py (_autograd.py).
 """
@@ -24,6 +25,8 @@ from manyheads.spec import (
     BandPlan,
     DensePlan,
     IntervalsPlan,
+    collapse,
+    may_collapse,
 )
 
 NAME = "native"
@@ -80,8 +83,11 @@ def about() -> str:
 
 
 def memory_note(spec: AttentionSpec) -> str | None:
-    """None: beyond a dense mask or bias that the caller made, memory does not grow with Lq * Lk."""
-    return None
+    """Why memory beyond inputs and outputs grows with Lq * Lk; None if it does not.
+
+    A dense mask or bias that the caller made is an input; a copy of it is not.
+    """
+    return spec.dense_memory
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +122,7 @@ def _arguments(call: AttentionCall) -> tuple[Any, ...]:
         band_rows,
         None if rows is None else rows.to(torch.int32).contiguous(),
         plan.ranges if isinstance(plan, IntervalsPlan) else None,
-        _contiguous_rows(plan.allowed) if isinstance(plan, DensePlan) else None,
+        _dense_mask(plan.allowed) if isinstance(plan, DensePlan) else None,
         None if bias.slopes is None else _float(bias.slopes),
         None if bias.distance_values is None else _float(bias.distance_values),
         bias.distance_offset,
@@ -166,11 +172,18 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+def _dense_mask(allowed: Tensor) -> Tensor:
+    """[.., .., Lq, Lk], contiguous along the keys; only what is not repeated is copied."""
+    if allowed.stride(3) == 1:
+        return allowed
+    collapsed = collapse(allowed).expand(-1, -1, -1, allowed.shape[3])
+    return collapsed.contiguous().expand(-1, -1, allowed.shape[2], -1)
+
+
 def _dense_bias(bias: Tensor) -> Tensor:
-    """float32, key stride 0 (one value for all keys) or 1."""
-    bias = bias.to(torch.float32)
-    if bias.shape[3] == 1 or bias.stride(3) == 1:
+    """float32, with one value for all keys or contiguous along them; `spec.dense_memory`."""
+    if bias.dtype is torch.float32 and (bias.shape[3] == 1 or bias.stride(3) == 1):
         return bias
-    # A view of one key would give all keys' gradients to that one.
-    by_row = bias.stride(3) == 0 and not bias.requires_grad
-    return bias[..., :1] if by_row else bias.contiguous()
+    # Only what is not repeated is copied: the kernels broadcast every axis of size 1.
+    bias = collapse(bias) if may_collapse(bias) else bias
+    return bias.contiguous().to(torch.float32)
