@@ -26,6 +26,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from manyheads.errors import ArgumentError
 from manyheads.masks import Causal, Chunks, Dense, Documents, KeyRange, Mask, Window
+from manyheads.spec import PerBatch
 
 MaskFunction = Callable[..., Any]
 
@@ -152,7 +153,7 @@ def compact_mask(
     shape = (batch_size, 1, q_length, kv_length)
     # A new tensor, not the cache's own: a static cache adds to its counter in place, before the
     # first layer's attention runs.
-    query_start = q_offset - kv_offset
+    query_start: PerBatch | None = q_offset - kv_offset
     keys = None
     if attention_mask is not None:
         keys = _visible_keys(attention_mask, kv_length, kv_offset)
