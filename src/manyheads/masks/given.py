@@ -14,7 +14,7 @@ from manyheads.masks.algebra import Mask
 from manyheads.masks.checks import broadcasts
 from manyheads.masks.frame import Frame
 from manyheads.masks.ranges import MOST_RANGES, NotCompactError, Ranges, scan, stack_rows
-from manyheads.spec import DensePlan, Geometry
+from manyheads.spec import DensePlan, Geometry, has_values
 
 #: Pairs looked at together: keeps index temporaries near 8 MB.
 _PAIRS_AT_ONCE = 1 << 20
@@ -88,8 +88,8 @@ class Dense(Mask):
         return allowed if allowed.dim() == 4 else allowed[None, None]
 
     def _ranges(self, frame: Frame) -> Ranges:
-        if torch.compiler.is_compiling():
-            raise NotCompactError("a bool tensor is not scanned inside torch.compile")
+        if not has_values(self.allowed):
+            raise NotCompactError("a bool tensor is not scanned in torch.compile or without values")
         ranges = self._scan(frame)
         if ranges is None:
             raise NotCompactError(f"some rows have more than {MOST_RANGES} runs of keys")
@@ -151,8 +151,8 @@ class Predicate(Mask):
         return torch.cat(list(self._blocks(frame)), dim=2)
 
     def _ranges(self, frame: Frame) -> Ranges:
-        if torch.compiler.is_compiling():
-            raise NotCompactError("a function is not scanned inside torch.compile")
+        if not has_values(frame.keys()):
+            raise NotCompactError("a function is not scanned in torch.compile or without values")
         ranges = _scan_blocks(self._blocks(frame))
         if ranges is None:
             raise NotCompactError(f"some rows have more than {MOST_RANGES} runs of keys")
