@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -71,3 +72,41 @@ def test_a_compiled_training_step_of_any_length() -> None:
         expected = torch.autograd.grad(module(x).square().sum(), [x, module.k_proj.weight])
         found = torch.autograd.grad(compiled(x).square().sum(), [x, module.k_proj.weight])
         torch.testing.assert_close(found, expected)
+
+
+# Tensors without values: shapes are inferred all the same, as by PyTorch's own attention.
+
+
+def _masks(dense: torch.Tensor) -> list[mh.Mask | torch.Tensor]:
+    every_other = mh.Predicate(lambda b, h, p, j: (p + j) % 2 == 0)
+    lengths = torch.tensor([3, 5], device=dense.device)
+    return [mh.Causal(), mh.Window(1, 1), mh.Documents([2, 3]), mh.KeyLengths(lengths), dense,
+            mh.Causal() & mh.Dense(dense), every_other]  # fmt: skip
+
+
+def _check_shapes(device: str, dtype: torch.dtype) -> None:
+    made = {"device": device, "dtype": dtype}
+    query = torch.randn(2, 6, 5, 8, **made)
+    key, value = torch.randn(2, 3, 5, 8, **made), torch.randn(2, 3, 5, 11, **made)
+    for mask in _masks(torch.ones(5, 5, dtype=torch.bool, device=device)):
+        for backend in (None, "sdpa", "reference"):
+            out = mh.attention(query, key, value, mask=mask, backend=backend)
+            assert (out.shape, out.dtype, out.device.type) == ((2, 6, 5, 11), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_shapes_of_meta_tensors(dtype: torch.dtype) -> None:
+    _check_shapes("meta", dtype)
+    module = mh.MultiHeadAttention(16, 4, device="meta", dtype=dtype, mask=mh.Causal())
+    assert module(torch.empty(2, 5, 16, device="meta", dtype=dtype)).shape == (2, 5, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_shapes_of_fake_tensors(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        _check_shapes("cpu", dtype)
+    real, mask = torch.randn(2, 3, 5, 8, dtype=dtype), mh.Dense(torch.ones(5, 5).tril() > 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mh.attention(real, real, real, mask=mask, backend="sdpa")
+    causal = mh.attention(real, real, real, mask=mh.Causal(), backend="sdpa")
+    torch.testing.assert_close(mh.attention(real, real, real, mask=mask, backend="sdpa"), causal)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manyheads.spec import AttentionCall
+from manyheads.spec import AttentionCall, has_values
 
 
 class Softmax(NamedTuple):
@@ -150,7 +150,7 @@ def _per_group(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """False also where no value may be looked at: while compiling and inside torch.func."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """False also where no value may be looked at: where there is none and inside torch.func."""
+    if torch._C._are_functorch_transforms_active() or not has_values(tensor):
         return False
     return bool(tensor.detach().isfinite().all())

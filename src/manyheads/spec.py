@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 #: One number for the whole call, or int32 [B], one per batch element.
 PerBatch: TypeAlias = int | Tensor
@@ -228,6 +229,14 @@ class AttentionSpec:
 
 #: Adds nothing.
 NO_BIAS = BiasPlan()
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for a stand-in that only has a shape: a meta tensor, or one of FakeTensorMode."""
+    if torch.compiler.is_compiling():
+        return False
+    like = tensor.new_empty(0)  # fake also where the mode takes real tensors
+    return not (like.is_meta or is_fake(like))
 
 
 def collapse(tensor: Tensor) -> Tensor:

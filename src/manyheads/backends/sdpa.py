@@ -6,8 +6,9 @@ What the fused CPU kernel does otherwise, and what is done about it here (seen w
   goes into the query instead.
 - A float32 mask beside float64 inputs is read as if it were float64: masks get the inputs' dtype,
   and half types a float32 mask, which that kernel does take.
-- A value of inf reaches rows that may not attend to it, through 0 * inf. Outside of tracing, key
-  and value are scanned (O(n)) and non-finite ones are handled by hand: `_run_non_finite`.
+- A value of inf reaches rows that may not attend to it, through 0 * inf. Where values can be read,
+  not in tracing, key and value are scanned (O(n)) and `_run_non_finite` handles those that are not
+  finite.
 - A last axis that is not contiguous silently takes the O(n^2) path: it is copied.
 
 Only plain top-left causal masks have a fused form; every other mask is materialised.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from manyheads.spec import AttentionCall, AttentionSpec, BandPlan
+from manyheads.spec import AttentionCall, AttentionSpec, BandPlan, has_values
 
 NAME = "sdpa"
 
@@ -57,7 +58,7 @@ def memory_note(spec: AttentionSpec) -> str | None:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Returns out [B, Hq, Lq, Dv] and None."""
-    if call.plan.kind != "full" and not torch.compiler.is_compiling():
+    if call.plan.kind != "full" and has_values(call.key):
         key_finite, value_finite = call.key.isfinite(), call.value.isfinite()
         if not (key_finite.all() and value_finite.all()):
             return _run_non_finite(call, key_finite, value_finite), None

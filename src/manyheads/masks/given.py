@@ -21,7 +21,7 @@ from manyheads.masks.ranges import (
     scan,
     stack_rows,
 )
-from manyheads.spec import DensePlan, Geometry
+from manyheads.spec import DensePlan, Geometry, has_values
 
 #: Pairs looked at together: keeps index temporaries near 8 MB.
 _PAIRS_AT_ONCE = 1 << 20
@@ -97,8 +97,8 @@ class Dense(Mask):
         if self.allowed.shape[-1] == 1:  # every row is all keys or none, whatever the values
             end = self._allowed(frame) * frame.geometry.k_len
             return one_range(0, end, frame.geometry, whole_rows=True)
-        if torch.compiler.is_compiling():
-            raise NotCompactError("a bool tensor is not scanned inside torch.compile")
+        if not has_values(self.allowed):
+            raise NotCompactError("a bool tensor is not scanned in torch.compile or without values")
         ranges = self._scan(frame)
         if ranges is None:
             raise NotCompactError(f"some rows have more than {MOST_RANGES} runs of keys")
@@ -160,8 +160,8 @@ class Predicate(Mask):
         return torch.cat(list(self._blocks(frame)), dim=2)
 
     def _ranges(self, frame: Frame) -> Ranges:
-        if torch.compiler.is_compiling():
-            raise NotCompactError("a function is not scanned inside torch.compile")
+        if not has_values(frame.keys()):
+            raise NotCompactError("a function is not scanned in torch.compile or without values")
         ranges = _scan_blocks(self._blocks(frame))
         if ranges is None:
             raise NotCompactError(f"some rows have more than {MOST_RANGES} runs of keys")
