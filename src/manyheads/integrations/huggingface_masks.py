@@ -152,7 +152,7 @@ def compact_mask(
     shape = (batch_size, 1, q_length, kv_length)
     # A new tensor, not the cache's own: a static cache adds to its counter in place, before the
     # first layer's attention runs.
-    query_start = q_offset - kv_offset
+    query_start: int | Tensor | None = q_offset - kv_offset
     keys = None
     if attention_mask is not None:
         keys = _visible_keys(attention_mask, kv_length, kv_offset)
