@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from manyheads.arguments import check_strided, whole_number
+from manyheads.arguments import autocast, check_strided, whole_number
 from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from manyheads.spec import NO_BIAS, BiasPlan, Geometry
 
@@ -236,7 +236,8 @@ class DenseBias(ScoreBias):
     is not skipped.
 
     Raises:
-        ArgumentTypeError: not a floating tensor, or (at the call) a dtype other than those.
+        ArgumentTypeError: not a floating tensor, or (at the call) a dtype other than those; under
+            torch.autocast other half types are cast.
         ShapeError: the rank is outside 2..4, or (at the call) a size does not fit.
 
     >>> DenseBias(torch.zeros(3, 5))
@@ -298,6 +299,8 @@ def as_bias(attn_bias: ScoreBias | Tensor) -> ScoreBias:
 
 def _lower_dense(tensor: Tensor, geometry: Geometry, dtype: torch.dtype) -> BiasPlan:
     _check_device(tensor, geometry, "attn_bias")
+    if tensor.dtype not in (dtype, torch.float32):
+        (tensor,) = autocast(tensor)  # float32 stays as it is: nothing is gained by rounding it
     if tensor.dtype not in (dtype, torch.float32):
         raise ArgumentTypeError(
             f"attn_bias has dtype {tensor.dtype}; expected the query's {dtype}, or torch.float32: "
