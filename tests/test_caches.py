@@ -185,7 +185,16 @@ KEY, VALUE = rows(3)
 ERRORS = {
     "negative capacity": (lambda c: KVCache(-1), ArgumentError, "capacity=-1; expected 0 or more"),
     "capacity of a wrong type": (
-        lambda c: KVCache(KEY), ArgumentTypeError, "expected an int, a number of rows",
+        lambda c: KVCache(KEY), ArgumentTypeError, r"whole number; got shape \[2, 3, 3, 5\]",
+    ),
+    "a bool as capacity": (lambda c: KVCache(True), ArgumentTypeError, "whole number; got True"),
+    "a word as length": (lambda c: c.truncate("a"), ArgumentTypeError, "whole number; got 'a'"),
+    "a beam too far": (
+        lambda c: c.reorder(torch.tensor([0, 2])), ArgumentError,
+        r"from 0 to 2; expected each in 0\.\.1",
+    ),
+    "a beam before the first": (
+        lambda c: c.reorder(torch.tensor([-1])), ArgumentError, "from -1 to -1; expected each",
     ),
     "nothing yet": (lambda c: KVCache().view(), ArgumentError, "expected an append"),
     "too short": (

@@ -71,6 +71,15 @@ def test_generate_answers_with_a_model_of_yours(run, tiny_model):
     assert run(*arguments, "--max-new-tokens", "7", "--attn", "eager") == (0, ours)
 
 
+def test_generate_names_the_attentions_there_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["manyheads", "generate", "hello", "--attn", "bogus"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert all(word in printed for word in ("bogus", "manyheads", "sdpa", "eager"))
+
+
 def test_a_chat_template_is_used(tiny_model):
     loaded = demo_models.load(str(tiny_model), attn_implementation="eager")
     plain = loaded.answer("is ?", 5)

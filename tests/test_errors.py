@@ -27,6 +27,15 @@ TABLE = {
         TypeError, "torch.int32", "float32", "query.float()",
     ),
     "complex": (dict(query=Q.cfloat()), TypeError, "torch.complex64", "float32", "convert"),
+    "float8": (
+        dict(query=Q.to(torch.float8_e4m3fn), key=K.to(torch.float8_e4m3fn)),
+        TypeError, "float8_e4m3fn", "expected float32, bfloat16", "query.float()",
+    ),
+    "sparse": (dict(key=K.to_sparse()), TypeError, "key is no plain", "sparse_coo", ".to_dense()"),
+    "sparse mask": (
+        dict(mask=torch.ones(5, 7, dtype=torch.bool).to_sparse()),
+        TypeError, "sparse_coo", "expected torch.strided", ".to_dense()",
+    ),
     "dtypes": (dict(key=K.half()), TypeError, "key torch.float16", "one dtype", ".to(query.dtype)"),
     "value's dtype": (dict(value=V.double()), TypeError, "float64", "one dtype", ".to(query"),
     "devices": (dict(key=K.to("meta")), mh.DeviceError, "key on meta", "one device", ".to("),
@@ -54,7 +63,7 @@ TABLE = {
     ),
     "mask's heads": (
         dict(mask=torch.ones(3, 5, 7, dtype=torch.bool)),
-        mh.ShapeError, "[3, 5, 7]", "Hq|1, Lq, Lk]", "mask[None]",
+        mh.ShapeError, "[3, 5, 7]", "Hq|1, Lq|1, Lk|1]", "mask[None]",
     ),
     "mask's batch": (
         dict(mask=torch.ones(3, 1, 5, 7, dtype=torch.bool)),
@@ -62,7 +71,7 @@ TABLE = {
     ),
     "mask's rank": (
         dict(mask=torch.ones(7, dtype=torch.bool)),
-        mh.ShapeError, "[7]", "[Lq, Lk]", "KeyLengths",
+        mh.ShapeError, "[7]", "[Lq|1, Lk|1]", "KeyLengths",
     ),
     "documents' queries": (
         lambda: dict(mask=mh.Documents([2, 2], [3, 4])),
@@ -136,6 +145,9 @@ TABLE = {
         mh.DeviceError, "meta", "cpu", ".to(query.device)",
     ),
     "start's size": (dict(query_start=2**40), mh.ArgumentError, str(2**40), "2**29", "position"),
+    "a list of backends": (
+        dict(backend=["native"]), mh.ArgumentError, "['native']", "'native', 'sdpa'", "None",
+    ),
     "unknown backend": (
         dict(backend="cuda"), mh.ArgumentError, "'cuda'", "'native', 'sdpa', 'reference'", "None",
     ),

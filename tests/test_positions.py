@@ -267,6 +267,13 @@ ERRORS = {
     "short distance": (
         lambda: RelativeBias(H, max_distance=8), ArgumentError, "max_distance=8; expected more .*8",
     ),
+    "heads' type": (lambda: RelativeBias("4"), ArgumentTypeError, "num_heads must .*got '4'"),
+    "buckets' type": (
+        lambda: RelativeBias(H, num_buckets=8.0), ArgumentTypeError, "num_buckets must .*got 8.0",
+    ),
+    "distance's type": (
+        lambda: RelativeBias(H, max_distance="9"), ArgumentTypeError, "max_distance must .*got '9'",
+    ),
     "table without heads": (lambda: RelativeBias(0), ArgumentError, "num_heads=0; expected"),
     "table of other heads": (lambda: added(relative(7)), ShapeError, "7 heads; the query has 3"),
     "bool bias": (
@@ -274,6 +281,9 @@ ERRORS = {
     ),
     "integer bias": (
         lambda: DenseBias(torch.ones(Q, K).int()), ArgumentTypeError, "int32; expected a float",
+    ),
+    "sparse": (
+        lambda: added(dense(Q, K).to_sparse()), ArgumentTypeError, r"sparse_coo.*\.to_dense",
     ),
     "one axis": (lambda: DenseBias(torch.ones(K)), ShapeError, r"\[11\]; expected 2 to 4 axes"),
     "wrong keys": (
@@ -304,5 +314,8 @@ def test_errors(name):
 
 
 def test_a_bias_and_a_tensor_do_not_add_silently():
-    with pytest.raises(TypeError, match="unsupported operand"):
-        Alibi() + torch.zeros(Q, K)
+    for add in (lambda a, b: a + b, lambda a, b: b + a):
+        with pytest.raises(ArgumentTypeError, match=r"got Tensor.*mh.DenseBias\(tensor\)"):
+            add(Alibi(), torch.zeros(Q, K))
+    with pytest.raises(ArgumentTypeError, match="got float beside"):
+        Alibi() + 1.0

@@ -223,6 +223,9 @@ X = torch.zeros(2, 3, 5, 8)
 ERRORS = {
     "odd dim": (lambda: Rotary(7), ArgumentError, "dim=7; expected a positive even"),
     "dim 0": (lambda: Rotary(0), ArgumentError, "dim=0; expected a positive even"),
+    "dim's type": (lambda: Rotary("4"), ArgumentTypeError, "dim must be a whole number; got '4'"),
+    "a float as dim": (lambda: Rotary(4.0), ArgumentTypeError, "whole number; got 4.0"),
+    "base's type": (lambda: Rotary(4, base="a"), ArgumentTypeError, "base .*got str; expected a n"),
     "base": (lambda: Rotary(8, base=0.5), ArgumentError, "base=0.5; expected a number above 1"),
     "scaling": (lambda: Rotary(8, scaling=2.0), ArgumentTypeError, "scaling=2.0; expected Linear"),
     "factor": (lambda: LinearScaling(0.0), ArgumentError, "factor=0.0; expected a positive"),

@@ -33,6 +33,16 @@ def test_autocast_casts_what_pytorch_casts(dtype: torch.dtype) -> None:
         assert mh.attention(*wide).dtype == torch.float32
 
 
+def test_autocast_casts_a_bias_of_another_half_type() -> None:
+    x, bias = torch.randn(2, 3, 11, 8), torch.randn(3, 11, 11).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (bias, mh.DenseBias(bias)):
+            ours = mh.attention(x, x, x, attn_bias=given)
+            assert torch.equal(ours, mh.attention(x, x, x, attn_bias=bias.bfloat16()))
+    with pytest.raises(mh.ArgumentTypeError, match=r"dtype torch\.float16; expected"):
+        mh.attention(x, x, x, attn_bias=bias)
+
+
 def test_a_training_step_under_autocast() -> None:
     module, x = make_module(), torch.randn(B, L, E)
     with torch.autocast("cpu", torch.bfloat16):

@@ -181,6 +181,10 @@ ERRORS = {
     "no heads": (
         lambda: MultiHeadAttention.from_tutorial(Listing(), 0), ShapeError, "num_heads=0",
     ),
+    "a word as number of heads": (
+        lambda: MultiHeadAttention.from_tutorial(Listing(), "2"), ArgumentTypeError,
+        "num_heads must be a whole number; got '2'",
+    ),
     "sizes": (
         lambda: MultiHeadAttention.from_bert(
             bert_names(**{"self.key.weight": torch.zeros(5, E)}), "a", 4

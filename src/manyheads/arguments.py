@@ -6,6 +6,7 @@ biases check themselves against the call's sizes when they are lowered.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ from manyheads.spec import PerBatch
 
 #: Positions stay below this, so that sums of a few of them fit the kernels' 32-bit lanes.
 _POSITION_LIMIT = 1 << 29
+#: float8 and the like only store numbers: PyTorch has no arithmetic for them.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Integers that cannot leave the limit, nor hold it.
 _NARROW = (torch.int8, torch.uint8, torch.int16)
 _INTEGERS = (*_NARROW, torch.int32, torch.int64)
@@ -54,16 +57,20 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             "all [H, L, D]; for [B, L, H, D] memory give x.transpose(1, 2), which copies nothing"
         )
     dtype = query.dtype
-    if not dtype.is_floating_point:
+    if dtype not in _FLOATS:
         raise ArgumentTypeError(
-            f"query has no floating dtype: got {dtype}; expected float32, bfloat16, float16 or "
-            "float64; convert it, as in query.float()"
+            f"query's dtype cannot be computed with: got {dtype}; expected float32, bfloat16, "
+            "float16 or float64; convert it, as in query.float()"
         )
     if key.dtype is not dtype or value.dtype is not dtype:
         raise ArgumentTypeError(
             f"dtypes differ: got query {dtype}, key {key.dtype}, value {value.dtype}; expected one "
             "dtype; convert with .to(query.dtype)"
         )
+    strided = torch.strided
+    if not (query.layout is key.layout is value.layout is strided):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_strided(name, tensor)
     device = query.device
     if key.device != device or value.device != device:
         raise DeviceError(
@@ -168,6 +175,36 @@ def number(name: str, value: Any, expected: str, holds: Callable[[float], bool])
             "default"
         )
     return result
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """True where looking at the tensor's values costs no synchronisation and breaks no trace."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.is_cpu
+
+
+def whole_number(value: Any, what: str) -> int:
+    """`value` as an int; numpy integers are welcome, bools are not."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    shown = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ArgumentTypeError(
+        f"{what} must be a whole number; got {shown} ({type(value).__name__}). "
+        "Round it to an int first."
+    )
+
+
+def check_strided(name: str, tensor: Tensor) -> None:
+    """Raise for sparse tensors and the like."""
+    if tensor.layout is not torch.strided:
+        raise ArgumentTypeError(
+            f"{name} is no plain tensor: got layout {tensor.layout}; expected torch.strided; "
+            "convert it with .to_dense()"
+        )
 
 
 def check_sizes(sizes: Mapping[str, int | None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manyheads.arguments import values_readable, whole_number
 from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 
 #: Rows allocated at first, so that the first tokens of a decode do not each reallocate.
@@ -32,10 +33,7 @@ class KVCache:
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        if not isinstance(capacity, int):
-            raise ArgumentTypeError(
-                f"KVCache got capacity={capacity!r}; expected an int, a number of rows."
-            )
+        capacity = whole_number(capacity, "KVCache's capacity")
         if capacity < 0:
             raise ArgumentError(f"KVCache got capacity={capacity}; expected 0 or more rows.")
         self._wanted = capacity
@@ -99,7 +97,9 @@ class KVCache:
 
         Raises:
             ArgumentError: `length` is outside 0..self.length.
+            ArgumentTypeError: it is no int.
         """
+        length = whole_number(length, "truncate's length")
         if not 0 <= length <= self._length:
             raise ArgumentError(
                 f"truncate({length}) of a KVCache of length {self._length}; expected a length "
@@ -116,7 +116,7 @@ class KVCache:
 
         Raises:
             ShapeError, ArgumentTypeError: `indices` is not a 1-D int tensor.
-            ArgumentError: nothing was appended yet.
+            ArgumentError: nothing was appended yet, or an index is out of range.
         """
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
@@ -128,7 +128,12 @@ class KVCache:
                 f"reorder() got indices of shape {list(indices.shape)}; expected one axis, [B']."
             )
         key, value = self.view()
-        indices = indices.to(key.device)
+        batch, indices = key.shape[0], indices.to(key.device)
+        if values_readable(indices) and bool(((indices < 0) | (indices >= batch)).any()):
+            raise ArgumentError(
+                f"reorder() got indices from {int(indices.min())} to {int(indices.max())}; "
+                f"expected each in 0..{batch - 1}, the batch elements that the cache holds."
+            )
         capacity = self.capacity
         self._key = _grown(key.index_select(0, indices), capacity)
         self._value = _grown(value.index_select(0, indices), capacity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from statistics import median
 from typing import Annotated
 
@@ -55,15 +56,25 @@ TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop
 PairsOption = Annotated[int, typer.Option("--pairs", min=1, help="Timings of each side.")]
 
 
+class AttentionName(str, Enum):
+    """What `--attn` takes."""
+
+    manyheads = "manyheads"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     model: ModelOption = None,
     max_new_tokens: TokensOption = 64,
-    attn: Annotated[str, typer.Option("--attn", help="manyheads, sdpa or eager.")] = "manyheads",
+    attn: Annotated[
+        AttentionName, typer.Option("--attn", help="Whose attention.")
+    ] = AttentionName.manyheads,
 ) -> None:
     """Answer PROMPT with a language model, greedily, on manyheads attention."""
-    loaded = _load(model, attn)
+    loaded = _load(model, attn.value)
     typer.echo(loaded.answer(prompt, max_new_tokens).text)
 
 

@@ -163,7 +163,7 @@ def attention(
             f"strict=True: got {note}; expected memory that does not grow with Lq * Lk; give "
             "strict=False, or make the mask yourself as a bool tensor"
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (backend is not None and not isinstance(backend, str)):
         chosen = dispatch.select(AttentionSpec(*fields), backend, strict)
     else:
         chosen = dispatch.select_cached(fields, backend, strict)

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from manyheads.arguments import autocast, check_strided, whole_number
 from manyheads.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from manyheads.spec import NO_BIAS, BiasPlan, Geometry
 
@@ -23,10 +24,16 @@ from manyheads.spec import NO_BIAS, BiasPlan, Geometry
 class ScoreBias(nn.Module):
     """Base of the biases; `a + b` adds both to the scores."""
 
-    def __add__(self, other: ScoreBias) -> BiasSum:
+    def __add__(self, other: object) -> BiasSum:
         if not isinstance(other, ScoreBias):
-            return NotImplemented  # a tensor says what it is: DenseBias(tensor)
+            wrap = "Wrap the tensor: mh.DenseBias(tensor)."
+            fix = wrap if isinstance(other, Tensor) else "Use a bias."
+            raise ArgumentTypeError(
+                f"biases add up with biases; got {type(other).__name__} beside +. {fix}"
+            )
         return BiasSum(*_parts(self), *_parts(other))
+
+    __radd__ = __add__  # only what is no bias gets here
 
     def lower(self, geometry: Geometry, dtype: torch.dtype) -> BiasPlan:
         """The plan of this bias for one call whose query has `dtype`."""
@@ -135,6 +142,7 @@ class RelativeBias(ScoreBias):
 
     Raises:
         ArgumentError: sizes that leave no room for the logarithmic buckets.
+        ArgumentTypeError: a size that is no int.
 
     >>> RelativeBias(num_heads=2, num_buckets=8, max_distance=16).table.shape
     torch.Size([8, 2])
@@ -151,6 +159,9 @@ class RelativeBias(ScoreBias):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_heads = whole_number(num_heads, "RelativeBias's num_heads")
+        num_buckets = whole_number(num_buckets, "RelativeBias's num_buckets")
+        max_distance = whole_number(max_distance, "RelativeBias's max_distance")
         per_side = num_buckets // 2 if bidirectional else num_buckets
         if num_heads < 1:
             raise ArgumentError(
@@ -225,7 +236,8 @@ class DenseBias(ScoreBias):
     is not skipped.
 
     Raises:
-        ArgumentTypeError: not a floating tensor, or (at the call) a dtype other than those.
+        ArgumentTypeError: not a floating tensor, or (at the call) a dtype other than those; under
+            torch.autocast other half types are cast.
         ShapeError: the rank is outside 2..4, or (at the call) a size does not fit.
 
     >>> DenseBias(torch.zeros(3, 5))
@@ -287,6 +299,8 @@ def as_bias(attn_bias: ScoreBias | Tensor) -> ScoreBias:
 
 def _lower_dense(tensor: Tensor, geometry: Geometry, dtype: torch.dtype) -> BiasPlan:
     _check_device(tensor, geometry, "attn_bias")
+    if tensor.dtype not in (dtype, torch.float32):
+        (tensor,) = autocast(tensor)  # float32 stays as it is: nothing is gained by rounding it
     if tensor.dtype not in (dtype, torch.float32):
         raise ArgumentTypeError(
             f"attn_bias has dtype {tensor.dtype}; expected the query's {dtype}, or torch.float32: "
@@ -367,6 +381,7 @@ def _check_float(tensor: Tensor, what: str) -> None:
 
 def _check_dense(tensor: Tensor) -> None:
     _check_float(tensor, "attn_bias")
+    check_strided("attn_bias", tensor)
     if not 2 <= tensor.dim() <= 4:
         raise ShapeError(
             f"attn_bias has shape {list(tensor.shape)}; expected 2 to 4 axes, "

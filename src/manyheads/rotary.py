@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from manyheads.arguments import number, whole_number
 from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 
@@ -182,6 +183,7 @@ class Rotary:
 
     Raises:
         ArgumentError: an odd `dim`, or a `base` that is not above 1.
+        ArgumentTypeError: a `dim` that is no int, or a `base` that is no number.
 
     >>> rotary = Rotary(4)
     >>> x = torch.ones(1, 1, 3, 4)  # [B, H, L, D]
@@ -199,6 +201,8 @@ class Rotary:
         interleaved: bool = False,
         scaling: RotaryScaling | None = None,
     ) -> None:
+        dim = whole_number(dim, "Rotary's dim")
+        base = number("Rotary's base", base, "a number above 1", lambda _: True)
         if dim < 2 or dim % 2:
             raise ArgumentError(
                 f"Rotary got dim={dim}; expected a positive even number: channels turn in pairs."

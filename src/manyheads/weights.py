@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.arguments import whole_number
 from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -72,10 +73,12 @@ def sizes(weights: Mapping[str, Tensor], num_heads: int) -> dict[str, Any]:
 
     Raises:
         ShapeError: the projections do not fit each other or `num_heads`.
+        ArgumentTypeError: `num_heads` is no int.
     """
     shapes = {name: list(weights[f"{name}.weight"].shape) for name in PROJECTIONS}
     if any(len(shape) != 2 for shape in shapes.values()):
         raise ShapeError(f"projection weights have shapes {shapes}; expected two axes each.")
+    num_heads = whole_number(num_heads, "num_heads")
     (q_rows, embed_dim), (k_rows, key_dim), (v_rows, value_dim), (out_dim, out_columns) = (
         shapes.values()
     )

@@ -6,12 +6,13 @@ inside tensors are read only where that is cheap and safe: CPU tensors, outside 
 
 from __future__ import annotations
 
-import operator
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
+from manyheads import arguments
+from manyheads.arguments import values_readable
 from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 #: A number per call; per batch element or document (tuple); per both (nested); or the same as a
@@ -21,29 +22,11 @@ Numbers: TypeAlias = int | tuple[int, ...] | tuple[tuple[int, ...], ...] | Tenso
 _WHOLE_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
-def values_readable(tensor: Tensor) -> bool:
-    """True where looking at the tensor's values costs no synchronisation and breaks no trace."""
-    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.is_cpu
-
-
 def whole_number(value: Any, what: str) -> int:
     """`value` as an int that is not negative; numpy integers are welcome, bools are not."""
     if type(value) is int and value >= 0:
         return value
-    if isinstance(value, bool):
-        number = None
-    elif isinstance(value, int):
-        number = value
-    else:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-    if number is None:
-        raise ArgumentTypeError(
-            f"{what} must be a whole number; got {value!r} ({type(value).__name__}). "
-            "Round it to an int first."
-        )
+    number = arguments.whole_number(value, what)
     if number < 0:
         raise ArgumentError(f"{what} must not be negative; got {number}. Use 0 or more.")
     return number

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.arguments import values_readable
 from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
 from manyheads.masks.algebra import Mask
 from manyheads.masks.band import Band, band_ranges
@@ -17,7 +18,6 @@ from manyheads.masks.checks import (
     check_per_batch,
     largest_value,
     size_of,
-    values_readable,
     whole_numbers,
 )
 from manyheads.masks.frame import DocumentTable, Frame, int32_tensor

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from manyheads.arguments import check_strided
 from manyheads.errors import ArgumentTypeError, DeviceError, ShapeError
 from manyheads.masks.algebra import Mask
 from manyheads.masks.checks import broadcasts
@@ -62,6 +63,7 @@ class Dense(Mask):
                 f"A dense mask must be a bool tensor, True = may attend; got {got}. "
                 "Convert 0/1 masks with .bool(), and give numbers to add as attn_bias."
             )
+        check_strided("a dense mask", allowed)
         if allowed.dim() == 3:
             raise ShapeError(
                 f"A dense mask must have shape [Lq|1, Lk|1] or [B|1, Hq|1, Lq|1, Lk|1]; got "
@@ -86,7 +88,7 @@ class Dense(Mask):
             raise ShapeError(
                 f"A dense mask must fit the call, each size being 1 or the call's: "
                 f"[Lq, Lk] = {list(sizes[2:])}, or [B, Hq, Lq, Lk] = {list(sizes)}; "
-                f"got {list(self.allowed.shape)}. Slice it to these sizes."
+                f"got {list(self.allowed.shape)}. Expand or slice it to these sizes."
             )
 
     def _allowed(self, frame: Frame) -> Tensor:
