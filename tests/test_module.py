@@ -575,6 +575,15 @@ def test_compiles_whole(grad):
               by_formula(module, x, dtype=torch.float32, **how))  # fmt: skip
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_any_length_while_training(strict):
+    module = randomised(MultiHeadAttention(E, 4, mask=mh.Causal()))
+    sizes = {1: torch.export.Dim("length", min=2, max=128)}
+    x, y = torch.randn(B, L, E), torch.randn(B, 13, E)
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,), strict=strict).module()
+    torch.testing.assert_close(exported(y), module(y))
+
+
 def test_exports():
     module = randomised(MultiHeadAttention(E, mask=mh.Causal(), **ROTARY)).eval()
     x = torch.randn(B, L, E)

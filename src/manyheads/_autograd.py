@@ -45,9 +45,14 @@ _Arguments = tuple[Any, ...]
 def wants_gradient(arguments: _Arguments) -> bool:
     """Whether someone may differentiate a call with these arguments, as far as can be told.
 
-    Under a torch.func transform a tensor does not tell that it requires grad.
+    Under a torch.func transform a tensor does not tell that it requires grad. An exported program
+    is the forward pass: torch.export cannot trace the functions below with sizes left open, and
+    with fixed ones it drops their backward.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return False
+    elif torch._C._are_functorch_transforms_active():
         return True
     if not torch.is_grad_enabled():
         return False

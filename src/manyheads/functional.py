@@ -131,7 +131,8 @@ def attention(
         StrictError: none can without memory that grows with Lq * Lk, and `strict` was given.
 
     Derivatives: "native" has first ones in O(n) memory; higher ones, and forward mode, go through
-    the definition, whose memory grows with Lq * Lk. "sdpa" has only first ones.
+    the definition, whose memory grows with Lq * Lk. "sdpa" has only first ones. What torch.export
+    makes of "native" has none: it is for inference.
 
     >>> import torch, manyheads as mh
     >>> query = torch.randn(2, 8, 5, 16)                          # B=2, Hq=8, Lq=5, D=16
