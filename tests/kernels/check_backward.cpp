@@ -152,13 +152,15 @@ double farthest(const Forward& call) {
 // What exact cancellation leaves in the gradient of a logit, P * (dP - sum of P * dP), times what
 // dropout multiplies dP by, and times what the logit's own derivative is: the floors of
 // docs/decisions/0005-gradients.md. A slope is multiplied by distances, which may all be large and
-// nearly the same.
+// nearly the same, and sums over all rows, each with a rounding of its own.
 std::array<double, kGradients> floors(const Case& made, double eps) {
   const Forward& call = made.call;
   const double logit = eps * largest_of(made, made.back.grad_out) * largest_of(made, call.value) *
                        std::sqrt(double(call.Dv)) * double(call.keep_scale);
   const double width = logit * std::abs(double(call.scale)) * std::sqrt(double(call.D));
-  const double slope = made.back.wanted[kGradSlopes] ? logit * std::max(farthest(call), 1.0) : 0;
+  const double rows = std::sqrt(double(call.B * call.Lq));
+  const double slope =
+      made.back.wanted[kGradSlopes] ? logit * std::max(farthest(call), 1.0) * rows : 0;
   return {width * largest_of(made, call.key),
           width * largest_of(made, call.query),
           0,
