@@ -31,6 +31,19 @@ inline Vec fma(VecPairs a, VecPairs b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
 
+// As exp2, of degree 5 (relative error 9.4e-8 before rounding): one step less, for weights that are
+// rounded to a half type. Degree 4 (2.9e-6) would show in the log-sum-exp, which is float32.
+inline Vec short_exp2(Vec x) {
+  const Vec f = fraction(x);
+  Vec p = set(0x1.e974fcp-10f);
+  p = fma(p, f, set(0x1.277854p-7f));
+  p = fma(p, f, set(0x1.c91ce6p-5f));
+  p = fma(p, f, set(0x1.ebdb56p-3f));
+  p = fma(p, f, set(0x1.62e4bap-1f));
+  p = fma(p, f, set(1.0f));
+  return times_power(p, x);
+}
+
 // The sign of both numbers turned.
 inline VecPairs operator-(VecPairs x) {
   return {_mm512_xor_si512(x.v, _mm512_set1_epi32(int32_t(0x80008000)))};

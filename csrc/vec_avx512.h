@@ -137,12 +137,22 @@ inline Vec sum_lanes(const Vec (&rows)[16]) {
                         _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 
+// x - floor(x)
+inline Vec fraction(Vec x) {
+  return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+// a * 2^floor(x), or 0 where x < kNothing; vscalefps takes the floor by itself.
+inline Vec times_power(Vec a, Vec x) {
+  const __mmask16 counts = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kNothing), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(counts, a.v, x.v)};
+}
+
 // 2^x for x <= 0 and a little above; exactly 1 at 0, 0 below kNothing (so at -inf),
 // NaN at NaN. 2^x = 2^floor(x) 2^f
 // with f in [0, 1): a degree-6 minimax polynomial for 2^f (relative error 6.5e-8 in float32) whose
-// constant term is pinned to 1. vscalefps takes the floor of its second operand by itself.
+// constant term is pinned to 1.
 inline Vec exp2(Vec x) {
-  const __m512 f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const __m512 f = fraction(x).v;
   __m512 p = _mm512_set1_ps(0x1.c54176p-13f);
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.46d64cp-10f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.3d0b92p-7f));
@@ -150,8 +160,7 @@ inline Vec exp2(Vec x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebfd58p-3f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e42cp-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  const __mmask16 counts = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kNothing), _CMP_NLT_UQ);
-  return {_mm512_maskz_scalef_ps(counts, p, x.v)};
+  return times_power({p}, x);
 }
 
 // rows[i] lane j <-> rows[j] lane i

@@ -83,6 +83,14 @@ struct AddToOut {
   }
 };
 
+template <int N>
+inline void weigh_block(const Workspace& work, const Block& block, Vec unit, const Vec (&base)[N],
+                        Vec (&sum)[N]) {
+  weigh_scores<N, true>(work, block.begin, block.core_begin, unit, base, sum);
+  weigh_scores<N, false>(work, block.core_begin, block.core_end, unit, base, sum);
+  weigh_scores<N, true>(work, block.core_end, block.end, unit, base, sum);
+}
+
 // True if a row of V that some lane may not attend to holds inf or NaN: 0 * inf must not leak
 // there.
 inline bool masked_rows_not_finite(const Block& block, const float* value, int64_t stride,
@@ -182,7 +190,8 @@ inline void add_values(const Forward& call, const Workspace& work, const KeyValu
     multiply_rows<N, true>(rows, kv.value_stride, weights, T, 0, call.Dv, *work.soon, add);
 }
 
-// `Products` is how the two products are computed: Widened in forward.h, or those of pairs.h.
+// `Products` is how the two products, and the weights between them, are computed: Widened in
+// forward.h, or those of pairs.h.
 template <int N, class Products>
 void attend_block(const Forward& call, Tile& tile, const Workspace& work,
                   const typename Products::Keys& kv, int64_t key_of_block) {
@@ -212,9 +221,7 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work,
     base[n] = guarded(new_max[n]);
     sum[n] = zero();
   }
-  weigh_scores<N, true>(work, block.begin, block.core_begin, unit, base, sum);
-  weigh_scores<N, false>(work, block.core_begin, block.core_end, unit, base, sum);
-  weigh_scores<N, true>(work, block.core_end, block.end, unit, base, sum);
+  Products::template weigh<N>(call, work, block, unit, base, sum);
 
   alignas(64) float factor[L];
 #pragma GCC unroll 3

@@ -20,7 +20,6 @@ inline bool packs_value(const Forward& call) {
 // The two products in float32, on K and V as they lie in memory where that can be.
 struct Widened {
   using Keys = KeyValue;
-  static constexpr bool kFetchesAhead = true;
   static int64_t query_floats(const Forward& call) { return call.D * kMaxLanes; }
   static void pack(const Forward& call, Tile& tile) { pack_query(call, tile); }
   static int64_t packed_floats(const Forward& call) {
@@ -47,6 +46,11 @@ struct Widened {
                              const Keys& kv, const Block& block, float* running_max) {
     multiply_columns<N>(call, kv.key, kv.key_stride, tile.query, call.D, block, *work.soon,
                         work.scores, running_max);
+  }
+  template <int N>
+  static void weigh(const Forward&, const Workspace& work, const Block& block, Vec unit,
+                    const Vec (&base)[N], Vec (&sum)[N]) {
+    weigh_block<N>(work, block, unit, base, sum);
   }
   template <int N>
   static void add_values(const Forward& call, const Workspace& work, const Keys& kv,
@@ -229,9 +233,8 @@ inline void fetch_ahead(const Forward& call, const Workspace& work, const Item& 
   // Items of a head come last rows first: a window's keys then start that much earlier.
   const int64_t rows = (next.end - next.first) / (call.Hq / call.Hkv);
   const bool same_head = next.hkv == item.hkv && next.b == item.b;
-  const int64_t next_key = same_head ? maximum(keys.begin - rows, 0) : 0;
-  want_rows(soon, call, call.key, call.key_stride, next.b, next.hkv, next_key,
-            minimum(next_key + kBlock, call.Lk), call.D);
+  const int64_t next_key = same_head ? maximum(keys.begin - rows, 0) / kBlock * kBlock : 0;
+  want_block<Products>(call, work, next, next_key, {int32_t(next_key), int32_t(call.Lk)});
 }
 
 // Before a thread's first item of a call: its memory may hold what another call left there.
@@ -265,8 +268,7 @@ inline void attend_item(const Forward& call, int64_t index, int64_t likely_next,
 
   for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
     const auto kv = load_block<Products>(call, scratch.work, item.b, item.hkv, key, keys);
-    if (Products::kFetchesAhead)
-      fetch_ahead<Products>(call, scratch.work, item, key, keys, likely_next);
+    fetch_ahead<Products>(call, scratch.work, item, key, keys, likely_next);
     const bool span_ends = (key + kBlock) % kSpan == 0 || key + kBlock >= keys.end;
     for (int i = 0; i < num_tiles; ++i) {
       Tile& tile = scratch.tiles[i];

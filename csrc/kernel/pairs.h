@@ -7,7 +7,6 @@
 // A `Unit` multiplies, beside vec_*.h and the words of pairs_*.h:
 //   Half                  the type, of pairs_*.h
 //   kTerms                numbers that it sums in one step
-//   kFetchesAhead         whether it prefetches what work.soon lists
 //   begin_item, end_item  called around each work item
 //   pairs_of              how many pairs it takes a sum of so many numbers for
 //   scores<N>, multiply<N>, accumulate<N>  as below in VectorUnit
@@ -96,33 +95,73 @@ inline void pack_query_pairs(const Forward& call, Tile& tile) {
                     });
 }
 
-// The block's weights, times kWeightScale, as pairs of neighbouring keys, [kKeyPairs][lanes], in
-// place; keys [begin, end) of the product, even numbers, may reach beyond the block's rows, where
-// the weights are 0.
-template <int N, class Half>
-[[gnu::noinline]] void narrow_weights(const Block& block, int64_t begin, int64_t end,
-                                      float* scores) {
+// weight(row, n) of the block's rows, times kWeightScale, as pairs of neighbouring keys,
+// [kKeyPairs][lanes]; keys [begin, end) of the product, even numbers, may reach beyond the block's
+// rows, where the weights are 0.
+template <int N, class Half, class Weight>
+inline void zip_weights(const Block& block, int64_t begin, int64_t end, Prefetcher& soon,
+                        Pair* pairs, Weight weight) {
   constexpr int W = Vec::kLanes, L = N * W;
-  Pair* const pairs = reinterpret_cast<Pair*>(scores);
-  const auto weight = [&](int64_t row, int n) {
-    const Vec x = load(scores + row * L + n * W);
+  constexpr int kLines = 6;  // to a pair of rows: the tiles' products leave no time for it
+  const void* lines[kLines * kKeyPairs];
+  soon.take(lines, kLines * ((end - begin) / 2), pairs);
+  const auto scaled = [&](int64_t row, int n) {
+    const Vec x = weight(row, n);
     return Half::kWeightScale == 1 ? x : x * set(Half::kWeightScale);
   };
-  const auto weight_or_zero = [&](int64_t row, int n) {
-    return row >= block.begin && row < block.end ? weight(row, n) : zero();
+  const auto scaled_or_zero = [&](int64_t row, int n) {
+    return row >= block.begin && row < block.end ? scaled(row, n) : zero();
   };
   const auto at_edge = [&](int64_t row) {
-    for (int n = 0; n < N; ++n)
-      store(pairs + row / 2 * L + n * W,
-            zip<Half>(weight_or_zero(row, n), weight_or_zero(row + 1, n)));
+    for (int n = 0; n < N; ++n) {
+      const Vec first = scaled_or_zero(row, n), second = scaled_or_zero(row + 1, n);
+      store(pairs + row / 2 * L + n * W, zip<Half>(first, second));
+    }
   };
   int64_t row = begin;
   for (; row < block.begin; row += 2) at_edge(row);
-  for (; row + 2 <= block.end; row += 2)
+  for (const void** line = lines; row + 2 <= block.end; row += 2) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(*line++, 0, 2);
 #pragma GCC unroll 3
-    for (int n = 0; n < N; ++n)
-      store(pairs + row / 2 * L + n * W, zip<Half>(weight(row, n), weight(row + 1, n)));
+    for (int n = 0; n < N; ++n) {
+      const Vec first = scaled(row, n), second = scaled(row + 1, n);
+      store(pairs + row / 2 * L + n * W, zip<Half>(first, second));
+    }
+  }
   for (; row < end; row += 2) at_edge(row);
+}
+
+// The weights in `scores` as such pairs, in place.
+template <int N, class Half>
+[[gnu::noinline]] void narrow_weights(const Block& block, int64_t begin, int64_t end,
+                                      Prefetcher& soon, float* scores) {
+  zip_weights<N, Half>(
+      block, begin, end, soon, reinterpret_cast<Pair*>(scores),
+      [&](int64_t row, int n) { return load(scores + (row * N + n) * Vec::kLanes); });
+}
+
+// As weigh_scores, and narrow_weights with what it makes.
+template <int N, class Half, bool kMasked>
+[[gnu::noinline]] void weigh_pairs(const Block& block, int64_t begin, int64_t end, Vec unit,
+                                   const Vec (&base)[N], Prefetcher& soon, float* scores,
+                                   Vec (&sum)[N]) {
+  Vec largest[N], total[N];
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) {
+    largest[n] = base[n];
+    total[n] = sum[n];
+  }
+  zip_weights<N, Half>(block, begin, end, soon, reinterpret_cast<Pair*>(scores),
+                       [&](int64_t row, int n) {
+                         const Vec s = load(scores + (row * N + n) * Vec::kLanes);
+                         Vec weight = short_exp2((s - largest[n]) * unit);
+                         if constexpr (kMasked) weight = masked_weight(s, weight);
+                         total[n] = total[n] + weight;
+                         return weight;
+                       });
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) sum[n] = total[n];
 }
 
 // What inf and NaN in these rows, which their packed columns lack, add to `out` [width][lanes].
@@ -162,7 +201,6 @@ template <class Unit>
 struct Pairs {
   using Half = typename Unit::Half;
   using Keys = PairKeys;
-  static constexpr bool kFetchesAhead = Unit::kFetchesAhead;
   static int64_t query_floats(const Forward& call) { return key_pairs(call) * kMaxLanes; }
   static void pack(const Forward& call, Tile& tile) { pack_query_pairs(call, tile); }
   static int64_t packed_floats(const Forward& call) {
@@ -181,18 +219,32 @@ struct Pairs {
     return {key, value, value_rows, value_stride, slot->finite};
   }
 
+  // The block's rows up to whole steps of the product.
+  static Range summed_keys(const Block& block) {
+    return {int32_t(block.begin / Unit::kTerms * Unit::kTerms),
+            int32_t(round_up(block.end, Unit::kTerms))};
+  }
   template <int N>
   static void compute_scores(const Forward& call, const Tile& tile, const Workspace& work,
                              const Keys& kv, const Block& block, float* running_max) {
     Unit::template scores<N>(kv.key, call.D, reinterpret_cast<const Pair*>(tile.query), block,
                              *work.soon, work.scores, running_max);
   }
+  // Dropout needs the weights as they are before they are rounded.
+  template <int N>
+  static void weigh(const Forward& call, const Workspace& work, const Block& block, Vec unit,
+                    const Vec (&base)[N], Vec (&sum)[N]) {
+    if (call.dropout_threshold) return weigh_block<N>(work, block, unit, base, sum);
+    const auto [begin, end] = summed_keys(block);
+    const bool masked = block.core_begin > block.begin || block.core_end < block.end;
+    const auto weigh_rows = masked ? weigh_pairs<N, Half, true> : weigh_pairs<N, Half, false>;
+    weigh_rows(block, begin, end, unit, base, *work.soon, work.scores, sum);
+  }
   template <int N>
   static void add_values(const Forward& call, const Workspace& work, const Keys& kv,
                          const Block& block, AddToOut<N> add) {
-    const int64_t begin = block.begin / Unit::kTerms * Unit::kTerms;
-    const int64_t end = round_up(block.end, Unit::kTerms);
-    narrow_weights<N, Half>(block, begin, end, work.scores);
+    const auto [begin, end] = summed_keys(block);
+    if (call.dropout_threshold) narrow_weights<N, Half>(block, begin, end, *work.soon, work.scores);
     const Pair* const weights = reinterpret_cast<const Pair*>(work.scores);
     Unit::template multiply<N>(kv.value + begin / 2, kKeyPairs,
                                weights + begin / 2 * (N * Vec::kLanes), (end - begin) / 2, 0,
@@ -206,7 +258,6 @@ struct Pairs {
 struct VectorUnit {
   using Half = Bfloat16;
   static constexpr int64_t kTerms = 2;
-  static constexpr bool kFetchesAhead = true;
   static void begin_item() {}
   static void end_item() {}
 

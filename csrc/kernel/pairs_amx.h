@@ -90,7 +90,6 @@ template <class HalfType>
 struct TileUnit {
   using Half = HalfType;
   static constexpr int64_t kTerms = 2 * kLinePairs;
-  static constexpr bool kFetchesAhead = false;  // made no difference
   static void begin_item() { set_up_tiles(); }
   static void end_item() { give_back_tiles(); }
 

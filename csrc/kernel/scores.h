@@ -249,10 +249,15 @@ inline void take_max(const float* scores, int64_t begin, int64_t end, Vec (&runn
     for (int n = 0; n < N; ++n) running[n] = max(running[n], load(scores + row * L + n * W));
 }
 
+// A score of -inf has the weight -0, not +0: it marks a pair that does not attend, and adding -0
+// changes nothing.
+inline Vec masked_weight(Vec score, Vec weight) {
+  return select(equal(score, set(-kInfinity)), set(-0.0f), weight);
+}
+
 // Weights 2^((s - base) * unit) of rows [begin, end), in place, added to `sum` in key order. The
 // difference is taken first: a product of a huge maximum would be rounded by more than the exponent
-// holds. Where kMasked, a score of -inf becomes -0, not +0: it marks a pair that does not attend,
-// and adding -0 changes nothing.
+// holds.
 template <int N, bool kMasked>
 [[gnu::noinline]] void weigh_scores(const Workspace& work, int64_t begin, int64_t end, Vec unit,
                                     const Vec (&base)[N], Vec (&sum)[N]) {
@@ -269,7 +274,7 @@ template <int N, bool kMasked>
       float* p = work.scores + row * L + n * W;
       const Vec s = load(p);
       Vec weight = exp2((s - largest[n]) * unit);
-      if constexpr (kMasked) weight = select(equal(s, set(-kInfinity)), set(-0.0f), weight);
+      if constexpr (kMasked) weight = masked_weight(s, weight);
       store(p, weight);
       total[n] = total[n] + weight;
     }
