@@ -132,7 +132,7 @@ inline Gradients make_gradients(Backward& b, int64_t needs, const OptionalTensor
     if (!(needs & need)) return make_none();
     Tensor tensor = make_contiguous(sizes, data);
     prefer_large_pages(data, tensor.numel() * int64_t(sizeof(float)));
-    std::fill_n(data, tensor.numel(), 0.0f);
+    torch::stable::zero_(tensor);  // by all threads
     return tensor;
   };
   check(!(needs & kNeedSinks) || sinks, "sinks where their gradient is wanted");
