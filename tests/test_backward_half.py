@@ -226,20 +226,9 @@ def test_dropout(plan: str, feature: str) -> None:
     check(call, by_definition, float(factors.max()))
 
 
-@pytest.mark.parametrize(
-    "isa",
-    [
-        isa
-        for isa in mh.info().available_isas
-        if isa != mh.info().isa and isa in ("amx", "avx512_bf16", "avx512")
-    ],
-)
+@pytest.mark.parametrize("isa", [i for i in mh.info().available_isas if i != mh.info().isa])
 def test_under_another_isa(isa: str) -> None:
-    """This file once more, in a process that is forced to use `isa`.
-
-    The two that multiply pairs, and one that widens, as all others do: for those test_half.py and
-    test_backward.py are enough.
-    """
+    """This file once more, in a process that is forced to use `isa`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(
         [*command, "-k", "not another"],
