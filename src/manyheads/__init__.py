@@ -10,6 +10,7 @@ from .errors import (
     DeviceError,
     ManyHeadsError,
     MissingDependencyError,
+    NotRecordedError,
     ShapeError,
     StrictError,
 )
@@ -25,9 +26,12 @@ from .inspect import (
     Measure,
     OffsetMass,
     Received,
+    Record,
+    Seen,
     TopKeys,
     WeightRows,
     measure,
+    observe,
 )
 from .masks import (
     Causal,
@@ -78,12 +82,15 @@ __all__ = [
     "MissingDependencyError",
     "MultiHeadAttention",
     "NTKScaling",
+    "NotRecordedError",
     "OffsetMass",
     "Predicate",
     "QueryRows",
     "Received",
+    "Record",
     "RelativeBias",
     "Rotary",
+    "Seen",
     "ShapeError",
     "StrictError",
     "TopKeys",
@@ -94,4 +101,5 @@ __all__ = [
     "explain",
     "info",
     "measure",
+    "observe",
 ]

@@ -16,6 +16,8 @@ from .measures import (
     TopKeys,
     WeightRows,
 )
+from .observe import Observer, observe
+from .records import Record, Seen
 
 __all__ = [
     "Entropy",
@@ -26,10 +28,14 @@ __all__ = [
     "MaxLogit",
     "MeanDistance",
     "Measure",
+    "Observer",
     "OffsetMass",
     "Received",
+    "Record",
+    "Seen",
     "Top",
     "TopKeys",
     "WeightRows",
     "measure",
+    "observe",
 ]

@@ -68,6 +68,11 @@ def measure(
     call, _, _ = prepare(
         query, key, key, mask, attn_bias, scale, softcap, sinks, 0.0, query_start, False
     )
+    return measure_call(call, asked)
+
+
+def measure_call(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, ...]:
+    """The answers of `measure` for a call that is prepared already; its value is not read."""
     for one in asked:
         one.check(call)
     totals: list[Any] = [None] * len(asked)
