@@ -41,7 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("functional", "masks", "positions", "rotary", "caches", "projection"),
         *("jagged", "spec", "weights", "arguments"),
     },
-    "inspect": {"functional", "definition", "masks", "positions", "spec", "arguments"},
+    "inspect": {
+        *("functional", "backends", "definition", "masks", "positions", "spec", "arguments"),
+    },
     "environment": {"_ops"},
     "integrations": {"functional", "masks", "positions", "spec", "arguments"},
 }  # fmt: skip
