@@ -14,7 +14,10 @@ from tasks import attention_task
 from torch import Tensor
 
 import manyheads as mh
+from manyheads.backends import native
 from manyheads.benchmark import Comparison, compare, peak_now
+from manyheads.functional import prepare
+from manyheads.inspect.functional import attend_and_measure
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Own:
 
 def own_rows(only: str) -> Iterator[Own]:
     """Those whose name contains `only`."""
-    for row in (*causal_over_full(), dropout_over_none(), *overhead()):
+    for row in (*causal_over_full(), dropout_over_none(), measured_over_plain(), *overhead()):
         if only in row.name:
             yield row
 
@@ -65,6 +68,32 @@ def dropout_over_none() -> Own:
     row = next(row for row in ROWS if row.dropout)
     name = row.name.replace("dropout", "dropout over none,")
     return ratio_to(name, row, replace(row, dropout=0.0), 1.3)
+
+
+def measured_over_plain() -> Own:
+    """A forward pass and what heads attend to, over the pass alone."""
+    query, key, value = Row("", (8, 8), 32768, 64, Goal(), causal=True).inputs()
+    asked = (mh.Entropy(), mh.TopKeys(8), mh.Received(), mh.HeatMap(256, 256))
+    arguments = (query, key, value, mh.Causal(), None, None, None, None, 0.0, None, False)
+
+    def plain() -> Tensor:
+        return mh.attention(query, key, value, mask=mh.Causal(), backend="native")
+
+    def measured() -> Tensor:
+        return attend_and_measure(prepare(*arguments)[0], asked, native)[0]
+
+    def time(pairs: int, patience: float) -> Comparison:
+        return compare(
+            measured,
+            plain,
+            pairs=min(pairs, 5),  # seconds each
+            check=torch.testing.assert_close,
+            limit=peak_now,
+            patience=patience,
+        )
+
+    name = "entropy, top 8, received and a 256x256 map, causal 8x32768x64"
+    return Own(name, time, lambda result: 1 / result.speedup, "of the plain time", 2.0)
 
 
 def overhead() -> Iterator[Own]:

@@ -100,6 +100,45 @@ struct Backward {
 // run in any order.
 enum class Stage : int { start, rows, keys, finish };
 
+// Indices [begin, end) of an axis by cells: index i falls into (i - begin) * cells / (end - begin).
+struct Pooling {
+  int64_t begin, end, cells;
+};
+
+constexpr int kMaxMasses = 8;
+
+// What is measured of one call's weights P, float32 whatever its type. What is null is not wanted.
+// A row that may attend to nothing measures 0.
+struct Statistics {
+  Forward forward;       // row_max and row_sum are what the forward pass left; it has no value, Dv
+                         // is 0, and no out
+  float* entropy;        // [B, Hq, Lq]
+  float* max_logit;      // [B, Hq, Lq], -inf for a row that may attend to nothing
+  float* mean_distance;  // [B, Hq, Lq]
+  int64_t num_first, num_offsets;
+  int64_t first_keys[kMaxMasses], offsets[kMaxMasses];
+  float* first_mass;   // [num_first, B, Hq, Lq]: the mass on so many first keys
+  float* offset_mass;  // [num_offsets, B, Hq, Lq]: the mass so far behind the query's position
+  int64_t top;         // so many keys of each row, heaviest first, of equal ones the first
+  float* top_weights;  // [B, Hq, Lq, top]
+  int64_t* top_keys;   // [B, Hq, Lq, top], -1 (weight 0) where a row has fewer keys
+  float* received;     // [B, Hq, Lk]: sums over rows from `received_from` on
+  int64_t received_from;
+  float* heat_map;  // [B, Hq, pooled_rows.cells, pooled_keys.cells]: sums
+  Pooling pooled_rows, pooled_keys;
+  void* shared;  // `shared_bytes`, for all threads
+};
+
+// The statistics are found in two stages, `rows` and then `finish`, as those of Backward are; a
+// thread calls `begin` on its scratch memory before its first item.
+struct StatisticsKernels {
+  int64_t (*shared_bytes)(const Statistics&);
+  int64_t (*scratch_bytes)(const Statistics&);
+  int64_t (*num_items)(const Statistics&, Stage);
+  void (*begin)(const Statistics&, void* scratch);
+  void (*run)(const Statistics&, Stage, int64_t item, void* scratch);
+};
+
 // One ISA's kernels. A call is cut into `num_items` independent items, in the order they should be
 // handed out; any thread may run any item, with `scratch_bytes` of 64-byte-aligned memory of its
 // own on which it has called `begin`, and with `shared_bytes` for all threads, on which one of them
@@ -119,6 +158,7 @@ struct Kernels {
   int64_t (*backward_scratch_bytes)(const Backward&);
   int64_t (*num_stage_items)(const Backward&, Stage);
   void (*backward)(const Backward&, Stage, int64_t item, void* scratch);
+  StatisticsKernels statistics;
   double flops_per_step;  // of multiply_add, which measures what this ISA can do at best
   float (*multiply_add)(int64_t steps);
   double pair_flops_per_step = 0;  // the same for products of half-precision pairs, where the

@@ -1,6 +1,6 @@
 // The operators, on LibTorch's stable ABI: they read their arguments (bindings_arguments.h), make
-// their results (bindings_results.h) and run the kernels on torch's threads. These three files are
-// the only ones that include torch.
+// their results (bindings_results.h; both for statistics in bindings_statistics.h) and run the
+// kernels on torch's threads. These four files are the only ones that include torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +18,7 @@
 #include "attention.h"
 #include "bindings_arguments.h"
 #include "bindings_results.h"
+#include "bindings_statistics.h"
 #include "queue.h"
 
 namespace manyheads {
@@ -112,6 +113,46 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
   return gradients;
 }
 
+void run_statistics(const StatisticsKernels& kernels, Statistics& s) {
+  const size_t shared = whole_lines(kernels.shared_bytes(s));
+  const size_t each = whole_lines(kernels.scratch_bytes(s));
+  const int64_t threads = torch::stable::get_num_threads();
+  const Scratch memory(shared + each * size_t(threads));
+  s.shared = memory.data();
+  const auto begin = [&](void* scratch) { kernels.begin(s, scratch); };
+  for (const Stage stage : {Stage::rows, Stage::finish}) {
+    const auto work = [&](int64_t item, int64_t, void* scratch) {
+      kernels.run(s, stage, item, scratch);
+    };
+    share_out(kernels.num_items(s, stage), memory.data() + shared, each, threads, begin, work,
+              parallel_for);
+  }
+}
+
+Measured attention_statistics(
+    const Tensor& stats, const Tensor& query, const Tensor& key, double scale, double softcap,
+    const OptionalTensor& sinks, const std::vector<int64_t>& band, const OptionalTensor& band_rows,
+    const OptionalTensor& query_positions, const OptionalTensor& intervals,
+    const OptionalTensor& allowed, const OptionalTensor& slopes,
+    const OptionalTensor& distance_values, int64_t distance_offset,
+    const OptionalTensor& dense_bias, bool entropy, bool max_logit, bool mean_distance,
+    const std::vector<int64_t>& first_keys, const std::vector<int64_t>& offsets, int64_t top,
+    const std::vector<int64_t>& received, const std::vector<int64_t>& heat_map) {
+  const Choice choice = choose_kernels();
+  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  Statistics s{};
+  s.forward =
+      read_call(query, key, key, scale, softcap, sinks, band, band_rows, query_positions, intervals,
+                allowed, slopes, distance_values, distance_offset, dense_bias, std::nullopt, 0);
+  drop_values(s.forward);
+  read_stats(s.forward, stats);
+  Measured measured = make_measured(s, entropy, max_logit, mean_distance, first_keys, offsets, top,
+                                    received, heat_map);
+  const Forward& f = s.forward;
+  if (f.B * f.Hq * f.Lq * f.Lk > 0) run_statistics(choice.kernels->statistics, s);
+  return measured;
+}
+
 // GFLOP/s of multiply-adds on registers alone, on all of torch's threads, over about `seconds`: in
 // float32 or, if the kernels in use have instructions for those, products of half-precision pairs.
 double fma_peak(double seconds, bool of_pairs) {
@@ -194,6 +235,14 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "needs) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks, "
       "Tensor grad_slopes, Tensor grad_distance_values, Tensor grad_dense_bias)");
+  m.def(
+      "attention_statistics(Tensor stats, Tensor query, Tensor key, float scale, float softcap, "
+      "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
+      "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
+      "SymInt distance_offset, Tensor? dense_bias, bool entropy, bool max_logit, "
+      "bool mean_distance, SymInt[] first_keys, SymInt[] offsets, SymInt top, "
+      "SymInt[] received, SymInt[] heat_map) -> "
+      "(Tensor rows, Tensor top_weights, Tensor top_keys, Tensor received, Tensor heat_map)");
   m.def("advise_large_pages(Tensor data) -> ()");
   m.def("fma_peak(float seconds, bool of_pairs=False) -> float");
   m.def("read_rate(Tensor data) -> float");
@@ -203,6 +252,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&manyheads::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&manyheads::attention_backward));
+  m.impl("attention_statistics", TORCH_BOX(&manyheads::attention_statistics));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {

@@ -226,24 +226,31 @@ inline Forward read_call(const Tensor& query, const Tensor& key, const Tensor& v
   return f;
 }
 
+// [2, B, Hq, Lq], as the forward pass left them.
+inline void read_stats(Forward& f, const Tensor& stats) {
+  const View s(stats);
+  const int64_t sizes[] = {2, f.B, f.Hq, f.Lq};
+  check(
+      s.is(ScalarType::Float, 4) && std::equal(sizes, sizes + 4, s.sizes) && stats.is_contiguous(),
+      "stats float32 [2, B, Hq, Lq], contiguous");
+  f.row_max = const_cast<float*>(s.as<float>());
+  f.row_sum = f.row_max + f.B * f.Hq * f.Lq;
+}
+
 inline void read_gradients(Backward& b, const Tensor& grad_out, const OptionalTensor& grad_lse,
                            const Tensor& out, const Tensor& stats) {
   Forward& f = b.forward;
-  const View g(grad_out), o(out), s(stats);
+  const View g(grad_out), o(out);
   const int64_t sizes[] = {f.B, f.Hq, f.Lq, f.Dv};
   for (const View* v : {&g, &o})
     check(v->dim == 4 && read_type(v->dtype) == f.type && std::equal(sizes, sizes + 4, v->sizes) &&
               v->unit_stride(3),
           "out and grad_out [B, Hq, Lq, Dv] of the query's dtype, rows contiguous");
-  check(s.is(ScalarType::Float, 4) && s.sizes[0] == 2 &&
-            std::equal(sizes, sizes + 3, s.sizes + 1) && stats.is_contiguous(),
-        "stats float32 [2, B, Hq, Lq], contiguous");
+  read_stats(f, stats);
   b.grad_out = g.data;
   std::copy_n(g.strides, 3, b.grad_out_stride);
   f.out = const_cast<void*>(o.data);
   std::copy_n(o.strides, 3, f.out_stride);
-  f.row_max = const_cast<float*>(s.as<float>());
-  f.row_sum = f.row_max + f.B * f.Hq * f.Lq;
   if (!grad_lse) return;
   const View l(*grad_lse);
   check(l.is(ScalarType::Float, 3) && std::equal(sizes, sizes + 3, l.sizes) &&

@@ -8,5 +8,5 @@ extern const Kernels kKernelsAvx2;
 const Kernels kKernelsAvx2{
     "avx2",          num_items, scratch_bytes,         shared_bytes,  prepare,
     begin,           forward,   backward_shared_bytes, partial_bytes, backward_scratch_bytes,
-    num_stage_items, backward,  kFlopsPerStep,         multiply_add};
+    num_stage_items, backward,  kStatistics,           kFlopsPerStep, multiply_add};
 }  // namespace manyheads

@@ -97,6 +97,12 @@ inline VecI set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline VecI load_int(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
+inline void store_int(int32_t* p, VecI x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v);
+}
+inline VecI select(Lanes which, VecI yes, VecI no) {
+  return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(which.v))};
+}
 inline VecI operator+(VecI a, VecI b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline VecI operator-(VecI a, VecI b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline VecI min(VecI a, VecI b) { return {_mm256_min_epi32(a.v, b.v)}; }

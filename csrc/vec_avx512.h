@@ -92,6 +92,10 @@ inline bool all(Lanes a) { return a == 0xffff; }
 
 inline VecI set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline VecI load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_int(int32_t* p, VecI x) { _mm512_storeu_si512(p, x.v); }
+inline VecI select(Lanes which, VecI yes, VecI no) {
+  return {_mm512_mask_blend_epi32(which, no.v, yes.v)};
+}
 inline VecI operator+(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline VecI operator-(VecI a, VecI b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline VecI min(VecI a, VecI b) { return {_mm512_min_epi32(a.v, b.v)}; }

@@ -93,6 +93,8 @@ inline bool all(Lanes a) { return vminvq_u32(a.v) != 0; }
 
 inline VecI set_int(int32_t x) { return {vdupq_n_s32(x)}; }
 inline VecI load_int(const int32_t* p) { return {vld1q_s32(p)}; }
+inline void store_int(int32_t* p, VecI x) { vst1q_s32(p, x.v); }
+inline VecI select(Lanes which, VecI yes, VecI no) { return {vbslq_s32(which.v, yes.v, no.v)}; }
 inline VecI operator+(VecI a, VecI b) { return {vaddq_s32(a.v, b.v)}; }
 inline VecI operator-(VecI a, VecI b) { return {vsubq_s32(a.v, b.v)}; }
 inline VecI min(VecI a, VecI b) { return {vminq_s32(a.v, b.v)}; }

@@ -141,6 +141,8 @@ inline VecI load_int(const int32_t* p) {
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
+inline void store_int(int32_t* p, VecI x) { __builtin_memcpy(p, &x, sizeof x); }
+inline VecI select(Lanes which, VecI yes, VecI no) { return {which.v ? yes.v : no.v}; }
 inline VecI operator+(VecI a, VecI b) { return {a.v + b.v}; }
 inline VecI operator-(VecI a, VecI b) { return {a.v - b.v}; }
 inline VecI min(VecI a, VecI b) { return {a.v < b.v ? a.v : b.v}; }

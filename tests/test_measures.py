@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Built, Case, build
+from cases import Case, build
+from formulas import FORMULAS, Dense, heat_map
 from tolerance import assert_close_to_oracle
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import manyheads as mh
-from manyheads.inspect import blocks
+from manyheads.inspect import blocks, functional
 
 CASES = [
     *(Case(mask, "none", (6, 2), lengths=(29, 37)) for mask in ("none", "window", "dense")),
@@ -32,129 +33,46 @@ CASES = [
 ]
 
 
-class Dense:
-    """What the formulas speak of, in `dtype`: S, P and p, with everything stored."""
-
-    def __init__(self, built: Built, case: Case, dtype: torch.dtype) -> None:
-        problem = built.problem
-        group = problem.query.shape[1] // problem.key.shape[1]
-        query, key = problem.query.to(dtype), problem.key.to(dtype).repeat_interleave(group, dim=1)
-        scale = problem.scale if problem.scale is not None else 1.0 / math.sqrt(query.shape[-1])
-        scores = scale * (query @ key.mT)
-        if problem.softcap is not None:
-            scores = problem.softcap * torch.tanh(scores / problem.softcap)
-        if problem.bias is not None:
-            scores = scores + problem.bias.to(dtype)
-        allowed = torch.ones(scores.shape, dtype=torch.bool)
-        if problem.allowed is not None:
-            allowed = problem.allowed.expand(scores.shape)
-        self.logits = torch.where(allowed, scores, -math.inf)
-        column = self.logits.new_full((*scores.shape[:3], 1), -math.inf)
-        if problem.sinks is not None:
-            column = problem.sinks.to(dtype)[:, None, None].expand(column.shape)
-        self.with_sink = torch.cat([self.logits, column], dim=-1)
-        self.nothing = ~allowed.any(-1)
-        rows = torch.softmax(self.with_sink, dim=-1).masked_fill(self.nothing[..., None], 0.0)
-        self.all_weights, self.weights = rows, rows[..., :-1]
-        q_len, k_len = scores.shape[2:]
-        start = k_len - q_len if case.query_start is None else case.query_start
-        self.position = (torch.arange(q_len) + start).expand(len(query), q_len)
-        if case.mask == "lengths":
-            ends = torch.tensor([k_len, k_len // 2, 1][: case.batch])
-            self.position = torch.arange(q_len) + (ends - q_len)[:, None]
-        self.distance = (self.position[:, None, :, None] - torch.arange(k_len)).abs()
+def use_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have PyTorch measure what our kernels would."""
+    monkeypatch.setattr(functional.kernels, "answered_here", lambda call, asked: ())
 
 
-def lse(dense: Dense) -> Tensor:
-    return dense.with_sink.logsumexp(-1).masked_fill(dense.nothing, -math.inf)
+@pytest.fixture(params=["kernels", "blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who measures."""
+    if request.param == "blocks":
+        use_blocks(monkeypatch)
+    return request.param
 
 
-def max_logit(dense: Dense) -> Tensor:
-    if not dense.logits.shape[-1]:
-        return dense.logits.sum(-1) - math.inf
-    return dense.logits.amax(-1)
-
-
-def entropy(dense: Dense) -> Tensor:
-    return -torch.special.xlogy(dense.all_weights, dense.all_weights).sum(-1)
-
-
-def offset_mass(offset: int) -> Callable[[Dense], Tensor]:
-    def mass(dense: Dense) -> Tensor:
-        at = dense.position[:, None, :, None] + offset == torch.arange(dense.weights.shape[-1])
-        return (dense.weights * at).sum(-1)
-
-    return mass
-
-
-def pooling(length: int, cells: int) -> Tensor:
-    """[cells, length]: 1 where an index falls into a cell."""
-    cells = min(cells, length)
-    cell = torch.tensor([i * cells // length for i in range(length)], dtype=torch.int64)
-    return cell == torch.arange(cells)[:, None]
-
-
-def heat_map(rows: int, columns: int, queries: slice, keys: slice) -> Callable[[Dense], Tensor]:
-    def cells(dense: Dense) -> Tensor:
-        view = dense.weights[:, :, queries, keys]
-        by_row, by_column = (
-            pooling(n, c).to(view) for n, c in zip(view.shape[2:], (rows, columns), strict=True)
-        )
-        return by_row @ view @ by_column.T / by_row.sum(1)[:, None]
-
-    return cells
-
-
-def similarity(dense: Dense) -> Tensor:
-    """1 - JSD / log 2 by Kullback-Leibler divergences from the mean, head by head."""
-    heads = dense.weights.shape[1]
-    result = dense.weights.new_zeros(len(dense.weights), heads, heads)
-    mass = dense.weights.sum(-1, keepdim=True)
-    share, alive = dense.weights / mass, mass.squeeze(-1) > 0
-    for g in range(heads):
-        for h in range(heads):
-            both = alive[:, g] & alive[:, h]
-            p, q = share[:, g], share[:, h]
-            middle = (p + q) / 2
-            parts = [
-                torch.special.xlogy(x, x / middle.where(middle > 0, 1)).sum(-1) for x in (p, q)
-            ]
-            values = (1 - sum(parts) / 2 / math.log(2)).masked_fill(~both, 0.0)
-            result[:, g, h] = values.sum(-1) / both.sum(-1).clamp(min=1)
-    return result
-
-
-FORMULAS: dict[mh.Measure, Callable[[Dense], Tensor]] = {
-    mh.LogSumExp(): lse,
-    mh.MaxLogit(): max_logit,
-    mh.Entropy(): entropy,
-    mh.MeanDistance(): lambda dense: (dense.weights * dense.distance).sum(-1),
-    mh.FirstKeysMass(3): lambda dense: dense.weights[..., :3].sum(-1),
-    mh.OffsetMass(-1): offset_mass(-1),
-    mh.OffsetMass(0): offset_mass(0),
-    mh.OffsetMass(7): offset_mass(7),
-    mh.Received(): lambda dense: dense.weights.sum(2),
-    mh.Received(last=4): lambda dense: dense.weights[:, :, -4:].sum(2),
-    mh.HeatMap(5, 7): heat_map(5, 7, slice(None), slice(None)),
-    mh.HeatMap(64, 3): heat_map(64, 3, slice(None), slice(None)),
-    mh.HeadSimilarity(): similarity,
-}
-
-
-@pytest.mark.parametrize("block_bytes", [5000, 1 << 23], ids=["rows", "whole"])
+@pytest.mark.parametrize("block_bytes", [5000, 1 << 23, None], ids=["rows", "whole", "kernels"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_formulas(case: Case, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_BLOCK_BYTES", block_bytes)
+def test_formulas(case: Case, block_bytes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_of_blocks: set[mh.Measure] = set()
+    measure_blocks = functional._measure_blocks
+
+    def record(call: object, asked: tuple[mh.Measure, ...]) -> object:
+        asked_of_blocks.update(asked)
+        return measure_blocks(call, asked)
+
+    monkeypatch.setattr(functional, "_measure_blocks", record)
+    if block_bytes is not None:
+        monkeypatch.setattr(blocks, "_BLOCK_BYTES", block_bytes)
+        use_blocks(monkeypatch)
     built = build(case)
     accumulate = torch.float64 if case.dtype == torch.float64 else torch.float32
     exact, plain = Dense(built, case, torch.float64), Dense(built, case, accumulate)
     answers = mh.measure(built.problem.query, built.problem.key, FORMULAS, **built.arguments)
+    kernels_can = block_bytes is None and case.dtype != torch.float64
+    assert asked_of_blocks == ({mh.HeadSimilarity()} if kernels_can else set(FORMULAS))
     for formula, answer in zip(FORMULAS.values(), answers, strict=True):
         assert answer.dtype == accumulate
         # A masked key's 0 log 0 and sums of distances are exact, whichever way they are taken.
         assert_close_to_oracle(answer, formula(exact), formula(plain), accumulate)
 
 
+@pytest.mark.usefixtures("way")
 def test_top_keys() -> None:
     built = build(Case("sink_window", "alibi", (6, 2), lengths=(29, 37)))
     problem = built.problem
@@ -167,6 +85,7 @@ def test_top_keys() -> None:
     torch.testing.assert_close(top.weights.double(), weights)
 
 
+@pytest.mark.usefixtures("way")
 def test_equal_keys_are_listed_in_order() -> None:
     query, key = torch.randn(1, 2, 5, 8), torch.ones(1, 2, 7, 8)
     (top,) = mh.measure(query, key, [mh.TopKeys(9)], mask=mh.Causal(), query_start=2)
@@ -177,6 +96,7 @@ def test_equal_keys_are_listed_in_order() -> None:
         assert not top.weights[0, 1, row, seen:].any()
 
 
+@pytest.mark.usefixtures("way")
 def test_views_are_the_weights_themselves() -> None:
     built = build(Case("causal", "none", (3, 3), lengths=(23, 29), sinks=True))
     problem = built.problem
@@ -195,6 +115,7 @@ def test_views_are_the_weights_themselves() -> None:
     torch.testing.assert_close(seen[2], exact[:, :, [4, 20]])
 
 
+@pytest.mark.usefixtures("way")
 def test_documents_are_placed_by_themselves() -> None:
     lengths, size = [5, 1, 11], 8
     query, key = torch.randn(1, 2, 17, size), torch.randn(1, 2, 17, size)
@@ -210,6 +131,7 @@ def test_documents_are_placed_by_themselves() -> None:
         begin += length
 
 
+@pytest.mark.usefixtures("way")
 def test_large_logits_do_not_cancel() -> None:
     """Logits of 1e4 that differ by log 2: entropy of (2/3, 1/3), which lse - E[S] would lose."""
     query = torch.ones(1, 1, 1, 1)

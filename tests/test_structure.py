@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("jagged", "spec", "weights", "arguments"),
     },
     "inspect": {
-        *("functional", "definition", "masks", "positions", "spec", "arguments"),
+        *("functional", "backends", "definition", "masks", "positions", "spec", "arguments"),
         *("integrations", "module", "parts", "watching"),
     },
     "environment": {"_ops"},

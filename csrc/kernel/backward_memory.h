@@ -15,8 +15,6 @@ constexpr int64_t kSpanTiles = 64;
 // Tiles to one item of the stages that run over queries.
 constexpr int64_t kItemTiles = 8;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t superblock_keys(const Forward& call) {
   const int64_t keys = ceil_div(call.Lk, kMaxSuperblocks * kBlock) * kBlock;
   return maximum(keys, kMinSuperblock);
@@ -139,11 +137,6 @@ inline void name_tile(const Forward& call, int64_t head, int64_t index, Tile& ti
   tile.first = index * lanes;
   tile.count = int(minimum(lanes, flat_queries(call) - tile.first));
   tile.vectors = (tile.count + Vec::kLanes - 1) / Vec::kLanes;
-}
-
-// Index of a lane's row in the tensors [B, Hq, Lq].
-inline int64_t row_index(const Forward& call, const Tile& tile, int lane) {
-  return (tile.b * call.Hq + tile.head[lane]) * call.Lq + tile.row[lane];
 }
 
 // A lane's row of `data`, or zeros for a row that attended to nothing, which has no part in any

@@ -266,4 +266,30 @@ void pair_backward(const Backward& back, Stage stage, int64_t item, void* scratc
   Unit::end_item();
 }
 
+// The statistics see a call's scores as its backward pass does.
+template <class Unit>
+int64_t pair_statistics_scratch_bytes(const Statistics& stats) {
+  return multiplies<Unit>(stats.forward) ? lay_out<Pairs<Unit>>(stats, nullptr).bytes
+                                         : statistics_scratch_bytes(stats);
+}
+
+template <class Unit>
+void pair_statistics_begin(const Statistics& stats, void* scratch) {
+  multiplies<Unit>(stats.forward) ? forget_slots<Pairs<Unit>>(stats.forward, scratch)
+                                  : statistics_begin(stats, scratch);
+}
+
+template <class Unit>
+void pair_statistics(const Statistics& stats, Stage stage, int64_t item, void* scratch) {
+  if (!multiplies<Unit>(stats.forward)) return statistics(stats, stage, item, scratch);
+  Unit::begin_item();
+  run_statistics<Pairs<Unit>>(stats, stage, item, scratch);
+  Unit::end_item();
+}
+
+template <class Unit>
+constexpr StatisticsKernels kPairStatistics{
+    statistics_shared_bytes, pair_statistics_scratch_bytes<Unit>, num_statistics_items,
+    pair_statistics_begin<Unit>, pair_statistics<Unit>};
+
 }  // namespace

@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "decode.h"
 #include "peak.h"
+#include "statistics.h"
 
 namespace {
 

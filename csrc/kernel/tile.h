@@ -40,6 +40,7 @@ struct Arena {
 
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums and differences of two such numbers and a row stay inside int32.
 inline int32_t within_bounds(int64_t x) {
@@ -101,6 +102,11 @@ inline Void* row_at(Void* data, Type type, const int64_t (&stride)[3], int64_t b
 template <class T>
 inline T* at_lane(T* data, const int64_t (&stride)[3], const Tile& tile, int64_t lane) {
   return data + tile.b * stride[0] + tile.head[lane] * stride[1] + tile.row[lane] * stride[2];
+}
+
+// Index of a lane's row in the tensors [B, Hq, Lq].
+inline int64_t row_index(const Forward& call, const Tile& tile, int lane) {
+  return (tile.b * call.Hq + tile.head[lane]) * call.Lq + tile.row[lane];
 }
 
 // The keys that each lane may attend to, as ranges clamped to [0, Lk); the meaning of each plan is
@@ -217,9 +223,8 @@ inline void find_bias(const Forward& call, Tile& tile) {
   }
 }
 
-// tile.b, hkv, first, count and vectors are set; this fills in what its lanes are and may see.
-inline void place_tile(const Forward& call, Tile& tile) {
-  name_lanes(call, tile);
+// The tile's lanes are named; this fills in where they stand and what they may see.
+inline void place_lanes(const Forward& call, Tile& tile) {
   tile.num_ranges = count_ranges(call.mask);
   find_positions(call, tile);
   find_ranges(call, tile);
@@ -227,6 +232,12 @@ inline void place_tile(const Forward& call, Tile& tile) {
   if (call.mask.kind == PlanKind::dense)
     for (int lane = 0; lane < tile.lanes(); ++lane)
       tile.allowed_row[lane] = at_lane(call.mask.allowed, call.mask.allowed_stride, tile, lane);
+}
+
+// tile.b, hkv, first, count and vectors are set; this fills in what its lanes are and may see.
+inline void place_tile(const Forward& call, Tile& tile) {
+  name_lanes(call, tile);
+  place_lanes(call, tile);
 }
 
 // As place_tile, and clears the tile's results.

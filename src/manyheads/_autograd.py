@@ -12,7 +12,7 @@ call sees all of its tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ def wants_gradient(arguments: _Arguments) -> bool:
     is the forward pass: torch.export cannot trace the functions below with sizes left open, and
     with fixed ones it drops their backward.
     """
+    return wants_gradient_of(arguments[place] for place in _ops.DIFFERENTIABLE)
+
+
+def wants_gradient_of(tensors: Iterable[Tensor | None]) -> bool:
+    """The same for the tensors that a gradient may be wanted of."""
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return False
@@ -56,7 +61,6 @@ def wants_gradient(arguments: _Arguments) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
-    tensors = (arguments[place] for place in _ops.DIFFERENTIABLE)
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -3,8 +3,9 @@
 `attention_forward` (csrc/bindings.cpp holds the schemas) takes one validated call as plain tensors
 and numbers, and returns `(out, lse, stats)`; lse and stats are empty tensors when they were not
 asked for. `attention_backward` takes the same and what flows back, and returns the gradients whose
-bits are set in `needs`, empty tensors for the others. Their results have no gradient here:
-_autograd.py ties them together.
+bits are set in `needs`, empty tensors for the others. `attention_statistics` takes a call's stats
+and what makes its scores, and measures its weights (csrc/attention.h: Statistics). Their results
+have no gradient here: _autograd.py ties the first two together.
 
 When the library is absent or does not load, importing manyheads still works: `LIBRARY_ERROR` says
 why, and the native backend declines every call for that reason.
@@ -122,6 +123,24 @@ def _new_heads(like: Tensor, width: int, dtype: torch.dtype = torch.float32) -> 
     return like.new_empty(batch, heads, rows, width, dtype=dtype)
 
 
+def _fake_statistics(
+    stats: Tensor, query: Tensor, key: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    batch, heads, rows, _ = query.shape
+    *flags, first_keys, offsets, top, received, heat_map = arguments[12:]
+    per_row = sum(flags) + len(first_keys) + len(offsets)
+    tops = (batch, heads, rows, top) if top else (0,)
+    by_key = (batch, heads, key.shape[2]) if received else (0,)
+    cells = (batch, heads, heat_map[2], heat_map[5]) if heat_map else (0,)
+    return (
+        _new_floats(query, (per_row, batch, heads, rows)),
+        _new_floats(query, tops),
+        query.new_empty(tops if top else (0,), dtype=torch.int64 if top else torch.float32),
+        _new_floats(query, by_key),
+        _new_floats(query, cells),
+    )
+
+
 #: Where the tensors that may want a gradient stand among the forward's arguments; the i-th result
 #: of the backward, and bit i of its `needs`, are of the i-th of them.
 DIFFERENTIABLE = (0, 1, 2, 5, 11, 12, 14)
@@ -234,14 +253,24 @@ def _backward_flops(
     return 2 * batch * heads * q_len * key[2] * (3 * head_dim + 2 * value[3])
 
 
+def _statistics_flops(
+    stats: Any, query: tuple[int, ...], key: tuple[int, ...], *args: Any, **kwargs: Any
+) -> int:
+    """The scores again."""
+    batch, heads, q_len, head_dim = query
+    return 2 * batch * heads * q_len * key[2] * head_dim
+
+
 def _register() -> None:
     forward, backward = "manyheads::attention_forward", "manyheads::attention_backward"
     torch.library.register_fake(forward, _fake_forward)
     torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_fake("manyheads::attention_statistics", _fake_statistics)
     torch.library.register_vmap(forward, _vmap_forward)
     torch.library.register_vmap(backward, _vmap_backward)
     register_flop_formula(torch.ops.manyheads.attention_forward)(_forward_flops)
     register_flop_formula(torch.ops.manyheads.attention_backward)(_backward_flops)
+    register_flop_formula(torch.ops.manyheads.attention_statistics)(_statistics_flops)
 
 
 #: Why there is no native library in this process, or None if there is.

@@ -24,6 +24,7 @@
 #include "check_backward.h"
 #include "check_forward.h"
 #include "check_queue.h"
+#include "check_statistics.h"
 #include "check_vec.h"
 
 namespace manyheads {
@@ -86,11 +87,15 @@ void check_queues() {
 
 void check_case(const std::vector<const Kernels*>& all, const Case& made, uint64_t seed) {
   const Expected expected = expect_of(made);
+  const ExpectedMeasures measures = expect_measures_of(made);
   for (const Kernels* kernels : all) {
     subject = std::string(kernels->name) + ", " + made.name;
     Random random(seed);
     const std::string wrong = check_forward(*kernels, made, expected, random);
     expect(wrong.empty(), wrong.c_str());
+    subject = std::string(kernels->name) + ", statistics, " + made.name;
+    const std::string unlike = check_statistics(*kernels, made, measures, random);
+    expect(unlike.empty(), unlike.c_str());
   }
 }
 

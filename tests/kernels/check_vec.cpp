@@ -144,6 +144,13 @@ void check_integers(Expect expect) {
   const VecI a = made_int(number), b = set_int(-5);
   const auto expected = [&](auto each) { return [=](int i) { return float(each(number(i))); }; };
   expect(all_lanes(to_float(a), expected([](int32_t x) { return x; })), "to_float");
+  int32_t stored[W];
+  store_int(stored, a);
+  expect(all_lanes(to_float(load_int(stored)), expected([](int32_t x) { return x; })), "store_int");
+  const Lanes odds = equal(made(odd), set(1));
+  expect(
+      all_lanes(to_float(select(odds, a, b)), [&](int i) { return float(i % 2 ? number(i) : -5); }),
+      "select of integers");
   expect(all_lanes(to_float(a + b), expected([](int32_t x) { return x - 5; })), "integer +");
   expect(all_lanes(to_float(a - b), expected([](int32_t x) { return x + 5; })), "integer -");
   expect(all_lanes(to_float(min(a, b)), expected([](int32_t x) { return x < -5 ? x : -5; })),

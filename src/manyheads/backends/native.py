@@ -13,6 +13,7 @@ Second derivatives, which the kernels do not have, are those of definition.py (_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,6 +105,47 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             *arguments, call.needs_lse, False
         )
     return out, lse if call.needs_lse else None
+
+
+def can_measure(call: AttentionCall) -> bool:
+    """Whether `stats_of` and the statistics operator can take the call, whose value is not read.
+
+    They have no gradient: where one may be wanted they cannot.
+
+    Raises:
+        ArgumentError: as `why_not` does.
+    """
+    _ops.check_isa_override()
+    fits = 1 <= call.query.shape[-1] <= _MAX_HEAD_DIM and call.query.dtype in _DTYPES
+    if _ops.LIBRARY_ERROR is not None or call.query.device.type != "cpu" or not fits:
+        return False
+    bias = call.bias
+    inputs = (call.query, call.key, call.sinks, *bias.tensors)
+    return not _autograd.wants_gradient_of(inputs)
+
+
+def run_with_stats(
+    call: AttentionCall, needs_lse: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
+    """`run` where no gradient is wanted: (out, lse, stats, what the statistics operator wants).
+
+    stats: float32 [2, B, Hq, Lq], each row's maximum in the kernels' unit, and its sum. lse is an
+    empty tensor unless it is needed. The last ones are its arguments from the query on.
+    """
+    arguments = _arguments(call)
+    results = torch.ops.manyheads.attention_forward.default(*arguments, needs_lse, True)
+    query, key, _, *others = arguments
+    return (*results, (query, key, *others[:-2]))
+
+
+def stats_of(call: AttentionCall, needs_lse: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """(lse, stats, arguments) of `run_with_stats`; the call's value is not read.
+
+    A value of one column: the product with it is next to nothing beside the scores.
+    """
+    scores = replace(call, value=call.key[..., :1], dropout_p=0.0)
+    _, lse, stats, arguments = run_with_stats(scores, needs_lse)
+    return lse, stats, arguments
 
 
 def _arguments(call: AttentionCall) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from manyheads import masks, positions
 from manyheads.errors import ArgumentTypeError
 from manyheads.functional import prepare
+from manyheads.inspect import kernels
 from manyheads.inspect.blocks import block_bounds, block_of
 from manyheads.inspect.measures import Measure
 from manyheads.spec import AttentionCall, PerBatch
@@ -31,8 +33,9 @@ def measure(
 ) -> tuple[Any, ...]:
     """Measures of softmax(bias + softcap(scale Q Kᵀ)), exact, in memory that grows with Lk + Lq.
 
-    The weights are formed for a block of query rows at a time, measured and dropped. On any device,
-    differentiable where the measure is (each block is then computed again in the backward pass).
+    On any device, differentiable where the measure is. On the CPU, where no gradient is wanted, our
+    kernels measure; elsewhere the weights are formed for a block of query rows at a time, measured
+    and dropped (each block is then computed again in the backward pass).
 
     Args:
         query: [B, Hq, Lq, D] or [Hq, Lq, D].
@@ -75,6 +78,45 @@ def measure_call(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, 
     """The answers of `measure` for a call that is prepared already; its value is not read."""
     for one in asked:
         one.check(call)
+    ours = kernels.answered_here(call, asked)
+    if not ours:
+        return _measure_blocks(call, asked)
+    return _join(call, asked, ours, kernels.measure(call, ours))
+
+
+def attend_and_measure(
+    call: AttentionCall, asked: tuple[Measure, ...], backend: ModuleType
+) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+    """(out, lse, answers): the call on the backend chosen for it, and `measure_call`.
+
+    The native one is run so that it leaves each row's maximum and sum: measuring then computes the
+    scores once more, not twice.
+    """
+    for one in asked:
+        one.check(call)
+    ours = kernels.answered_here(call, asked)
+    if not ours or backend.NAME != kernels.BACKEND:
+        return (*backend.run(call), measure_call(call, asked))
+    out, lse, answers = kernels.attend_and_measure(call, ours)
+    return out, lse, _join(call, asked, ours, answers)
+
+
+def _join(
+    call: AttentionCall,
+    asked: tuple[Measure, ...],
+    ours: tuple[Measure, ...],
+    answers: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """Answers to all, in order, given those that the kernels have."""
+    others = tuple(one for one in asked if one not in ours)
+    all_answers = (*answers, *_measure_blocks(call, others))
+    return tuple(all_answers[(*ours, *others).index(one)] for one in asked)
+
+
+def _measure_blocks(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, ...]:
+    """What the measures say of themselves, a block of rows at a time."""
+    if not asked:
+        return ()
     totals: list[Any] = [None] * len(asked)
     # A call without queries still has answers, of no rows.
     for begin, end in tuple(block_bounds(call)) or ((0, 0),):
