@@ -80,7 +80,7 @@ def measured_over_plain() -> Own:
         return mh.attention(query, key, value, mask=mh.Causal(), backend="native")
 
     def measured() -> Tensor:
-        return attend_and_measure(prepare(*arguments)[0], asked, native)[0]
+        return attend_and_measure(native.run, prepare(*arguments)[0], asked)[0]
 
     def time(pairs: int, patience: float) -> Comparison:
         return compare(

@@ -16,7 +16,7 @@ from torch import Tensor
 import manyheads as mh
 from manyheads.integrations import huggingface, lazy
 from manyheads.integrations.lazy import LazyWeights, weights_of
-from manyheads.watching import watching
+from manyheads.watching import keeping
 
 B, HEADS, KV_HEADS, LQ, LK, D = 2, 6, 3, 11, 13, 5
 
@@ -52,9 +52,8 @@ def made(kind: str = "causal", dtype: torch.dtype = torch.float32) -> tuple[Tens
     """(lazy weights, the same all computed by `measure`)."""
     query = torch.randn(B, HEADS, LQ, D, dtype=dtype)
     key = torch.randn(B, KV_HEADS, LK, D, dtype=dtype)
-    calls: list[Any] = []
     given = options(kind)
-    with watching(calls.append), torch.no_grad():
+    with keeping() as calls, torch.no_grad():
         mh.attention(query, key, key, **given)
         (dense,) = mh.measure(query, key, [mh.WeightRows(tuple(range(LQ)))], **given)
     weights = weights_of(calls[0])
@@ -178,8 +177,7 @@ def test_indices_that_are_not_there(index: Any, error: type[Exception]) -> None:
 
 def test_gradients_flow_through() -> None:
     query, key = (torch.randn(B, HEADS, n, D).requires_grad_() for n in (LQ, LK))
-    calls: list[Any] = []
-    with watching(calls.append):
+    with keeping() as calls:
         mh.attention(query, key, key, mask=mh.Causal())
     weights = weights_of(calls[0])
     assert weights.requires_grad and not weights.detach().requires_grad
@@ -194,8 +192,7 @@ def test_gradients_flow_through() -> None:
 def test_few_weights_are_plain_and_later_writes_to_the_cache_do_not_matter() -> None:
     query, key = torch.randn(B, HEADS, LQ, D), torch.randn(B, KV_HEADS, LK, D)
     for rows, kind in ((1, Tensor), (LQ, LazyWeights)):
-        calls: list[Any] = []
-        with watching(calls.append):
+        with keeping() as calls:
             mh.attention(query[:, :, :rows], key, key)
         weights = weights_of(calls[0])
         (before,) = mh.measure(query[:, :, :rows], key, [mh.WeightRows((0,))])

@@ -197,10 +197,8 @@ inline void measure_group(const Statistics& stats, const RowSpan& span, int64_t 
   const Item item{span.b, hkv, 0, 0};
   for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
     const auto kv = load_block<Products>(call, work, span.b, hkv, key, keys);
-    if (Products::kFetchesAhead) {
-      work.soon->clear();
-      want_block<Products>(call, work, item, key + kBlock, keys);
-    }
+    work.soon->clear();
+    want_block<Products>(call, work, item, key + kBlock, keys);
     for (int64_t i = 0; stats.received && i < kBlock * Vec::kLanes; i += Vec::kLanes)
       store(scratch.received + i, zero());
     const bool span_ends = (key + kBlock) % kSumSpan == 0 || key + kBlock >= keys.end;

@@ -7,6 +7,7 @@ Read on in spec.py (what a call is), dispatch.py (which backend runs it) and def
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -170,10 +171,11 @@ def attention(
         chosen = dispatch.select(AttentionSpec(*fields), backend, strict)
     else:
         chosen = dispatch.select_cached(fields, backend, strict)
-    out, lse = chosen.run(call)
+    run = chosen.run
     if not compiling:
         for watch in watchers():
-            watch(call)
+            run = partial(watch, run)
+    out, lse = run(call)
     if unbatched:
         out, lse = out.squeeze(0), None if lse is None else lse.squeeze(0)
     return (out, lse) if return_lse else out

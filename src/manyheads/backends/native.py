@@ -33,6 +33,8 @@ from manyheads.spec import (
 NAME = "native"
 
 _MAX_HEAD_DIM = 256
+#: csrc/kernel/decode.h: kFewQueries.
+_FEW_QUERIES = 8
 #: Fewer query rows do not pay for what PyTorch packs for the matrix unit.
 _MATRIX_UNIT_ROWS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -122,6 +124,19 @@ def can_measure(call: AttentionCall) -> bool:
     bias = call.bias
     inputs = (call.query, call.key, call.sinks, *bias.tensors)
     return not _autograd.wants_gradient_of(inputs)
+
+
+def leaves_stats(call: AttentionCall) -> bool:
+    """Whether `run_with_stats` gives what `run` does, bit for bit.
+
+    Not where a gradient may be wanted, which it has none of, nor of calls that are computed in
+    another order where they leave stats: those of few queries, and of float16 on matrix units.
+    """
+    _, q_heads, q_len, _ = call.query.shape
+    few = q_len * (q_heads // max(1, call.key.shape[1])) <= _FEW_QUERIES
+    inputs = (call.query, call.key, call.value, call.sinks, *call.bias.tensors)
+    plain = not few and call.query.dtype != torch.float16
+    return plain and not _autograd.wants_gradient_of(inputs)
 
 
 def run_with_stats(

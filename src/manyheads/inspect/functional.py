@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from manyheads.inspect import kernels
 from manyheads.inspect.blocks import block_bounds, block_of
 from manyheads.inspect.measures import Measure
 from manyheads.spec import AttentionCall, PerBatch
+from manyheads.watching import Run
 
 
 def measure(
@@ -85,18 +85,18 @@ def measure_call(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, 
 
 
 def attend_and_measure(
-    call: AttentionCall, asked: tuple[Measure, ...], backend: ModuleType
+    run: Run, call: AttentionCall, asked: tuple[Measure, ...]
 ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-    """(out, lse, answers): the call on the backend chosen for it, and `measure_call`.
+    """(out, lse, answers): what `run` makes of the call, and `measure_call`, without gradients.
 
-    The native one is run so that it leaves each row's maximum and sum: measuring then computes the
-    scores once more, not twice.
+    The native backend is run so that it leaves each row's maximum and sum: measuring then computes
+    the scores once more, not twice.
     """
     for one in asked:
         one.check(call)
     ours = kernels.answered_here(call, asked)
-    if not ours or backend.NAME != kernels.BACKEND:
-        return (*backend.run(call), measure_call(call, asked))
+    if not ours or not kernels.leaves_stats(run, call):
+        return (*run(call), measure_call(call, asked))
     out, lse, answers = kernels.attend_and_measure(call, ours)
     return out, lse, _join(call, asked, ours, answers)
 

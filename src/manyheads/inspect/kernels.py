@@ -31,9 +31,8 @@ from manyheads.inspect.measures import (
     TopKeys,
 )
 from manyheads.spec import AttentionCall
+from manyheads.watching import Run
 
-#: Whose forward pass leaves what measuring needs.
-BACKEND = native.NAME
 _KINDS = (
     *(LogSumExp, MaxLogit, Entropy, MeanDistance, FirstKeysMass, OffsetMass),
     *(TopKeys, Received, HeatMap),
@@ -54,6 +53,11 @@ def measure(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, ...]:
     """Answers to measures of `answered_here`; the call's value is not read."""
     lse, stats, scores = native.stats_of(call, LogSumExp() in asked)
     return _answer(call, asked, lse, stats, scores)
+
+
+def leaves_stats(run: Run, call: AttentionCall) -> bool:
+    """Whether `attend_and_measure` gives the output that `run` would."""
+    return run is native.run and native.leaves_stats(call)
 
 
 def attend_and_measure(

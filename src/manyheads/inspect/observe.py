@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.inspect import layers as choosing
-from manyheads.inspect.functional import measure_call
+from manyheads.inspect.functional import attend_and_measure, measure_call
+from manyheads.inspect.kernels import leaves_stats
 from manyheads.inspect.layers import Layers
 from manyheads.inspect.measures import Measure
 from manyheads.inspect.records import Record, Seen
 from manyheads.parts import heads_at
 from manyheads.spec import AttentionCall
-from manyheads.watching import watchers, watching
+from manyheads.watching import Run, watchers, watching
 
 
 class _Running(NamedTuple):
@@ -223,53 +224,66 @@ class _Block:
             running = running.inside
         return None if running is None else self.observer.paths[running.module]
 
-    def _watch(self, call: AttentionCall) -> None:
+    def _watch(self, run: Run, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         if not self._open or torch._C._current_graph_task_id() != -1:  # in a backward pass
-            return
+            return run(call)
         layer = self._layer()
         if layer is None:
             self._called_outside = True
-            return
+            return run(call)
         if not self.observer.wanted(layer):
             self._passed_over.append(layer)
-            return
+            return run(call)
         if torch._C._are_functorch_transforms_active():
             raise ArgumentError(
                 f"observe() cannot record layer {layer!r}: got a call inside a torch.func "
                 "transform, whose tensors cannot be kept; expected plain ones: observe the model "
                 "without vmap or grad around it."
             )
-        heads, answers, positions = self._measured(call, layer)
+        heads, part = self._chosen_heads(call, layer)
+        asked, geometry = self.observer.measures, call.geometry
+        if part is call and leaves_stats(run, call):
+            with _apart(geometry.device):
+                out, lse, answers = attend_and_measure(run, call, asked)
+        else:
+            out, lse = run(call)
+            with _apart(geometry.device):
+                answers = measure_call(part, asked)
+        with _apart(geometry.device):
+            positions = call.positions.materialize(geometry)
         with self._lock:
             step = len(self.seen[layer]) if layer in self.seen else 0
             self.seen.append(
                 Record(
-                    layer, step, heads, call.geometry.q_len, call.geometry.k_len, positions,
-                    self.observer.measures, answers,
+                    layer, step, heads, geometry.q_len, geometry.k_len, positions, asked, answers
                 )
             )  # fmt: skip
+        return out, lse
 
-    def _measured(
+    def _chosen_heads(
         self, call: AttentionCall, layer: str
-    ) -> tuple[tuple[int, ...], tuple[Any, ...], Tensor]:
-        """(the heads measured, the answers, the query rows' positions)."""
-        geometry, heads, part = call.geometry, self.observer.heads, call
+    ) -> tuple[tuple[int, ...], AttentionCall]:
+        """(the heads to measure, the call of these heads)."""
+        geometry, heads = call.geometry, self.observer.heads
         if heads is None:
-            heads = tuple(range(geometry.q_heads))
-        elif max(heads) >= geometry.q_heads:
+            return tuple(range(geometry.q_heads)), call
+        if max(heads) >= geometry.q_heads:
             raise ArgumentError(
                 f"observe() got heads={heads}, and layer {layer!r} has {geometry.q_heads} heads; "
                 f"expected numbers from 0 to {geometry.q_heads - 1}: choose others, or layers."
             )
-        else:
-            part = heads_at(call, torch.tensor(heads, device=geometry.device))
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(geometry.device.type, enabled=False),
-        ):
-            answers = measure_call(part, self.observer.measures)
-            return heads, answers, call.positions.materialize(geometry)
+        return heads, heads_at(call, torch.tensor(heads, device=geometry.device))
+
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """What the model runs under does not reach what is computed here."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
 
 def _after(module: nn.Module, inputs: Any, output: Any) -> None:

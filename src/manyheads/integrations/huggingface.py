@@ -17,8 +17,7 @@ from manyheads.errors import ArgumentError, ArgumentTypeError, MissingDependency
 from manyheads.functional import attention
 from manyheads.integrations.lazy import weights_of
 from manyheads.masks import Causal, Mask, Window
-from manyheads.spec import AttentionCall
-from manyheads.watching import watching
+from manyheads.watching import keeping
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
@@ -127,8 +126,7 @@ def _attend(*inputs: Tensor, **options: Any) -> tuple[Tensor, None]:
     "leave fullgraph=True or output_attentions=True out"
 )
 def _attend_and_keep(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    calls: list[AttentionCall] = []
-    with watching(calls.append):
+    with keeping() as calls:
         out = attention(*inputs, **options)
     return out, weights_of(calls[0])
 
