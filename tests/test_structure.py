@@ -41,7 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("functional", "masks", "positions", "rotary", "caches", "projection"),
         *("jagged", "spec", "weights", "arguments"),
     },
-    "inspect": {"functional", "definition", "masks", "positions", "spec", "arguments"},
+    "inspect": {
+        *("module", "functional", "definition", "jagged", "masks", "positions", "caches"),
+        *("spec", "arguments"),
+    },
     "environment": {"_ops"},
     "integrations": {"functional", "masks", "positions", "spec", "arguments"},
 }  # fmt: skip
@@ -275,6 +278,7 @@ PUBLIC_NAMES = [
     "ShapeError",
     "StrictError",
     "TopKeys",
+    "Trace",
     "WeightRows",
     "Window",
     "YarnScaling",
@@ -282,4 +286,6 @@ PUBLIC_NAMES = [
     "explain",
     "info",
     "measure",
+    "trace",
+    "trace_attention",
 ]

@@ -26,8 +26,11 @@ from .inspect import (
     OffsetMass,
     Received,
     TopKeys,
+    Trace,
     WeightRows,
     measure,
+    trace,
+    trace_attention,
 )
 from .masks import (
     Causal,
@@ -87,6 +90,7 @@ __all__ = [
     "ShapeError",
     "StrictError",
     "TopKeys",
+    "Trace",
     "WeightRows",
     "Window",
     "YarnScaling",
@@ -94,4 +98,6 @@ __all__ = [
     "explain",
     "info",
     "measure",
+    "trace",
+    "trace_attention",
 ]

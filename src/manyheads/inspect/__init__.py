@@ -16,6 +16,8 @@ from .measures import (
     TopKeys,
     WeightRows,
 )
+from .steps import Step
+from .tracing import Trace, trace, trace_attention
 
 __all__ = [
     "Entropy",
@@ -28,8 +30,12 @@ __all__ = [
     "Measure",
     "OffsetMass",
     "Received",
+    "Step",
     "Top",
     "TopKeys",
+    "Trace",
     "WeightRows",
     "measure",
+    "trace",
+    "trace_attention",
 ]
