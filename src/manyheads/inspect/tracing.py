@@ -8,7 +8,7 @@ the definition (definition.py), which every backend has to agree with.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from manyheads import jagged, masks, positions
 from manyheads.caches import KVCache
 from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.functional import prepare
+from manyheads.inspect import trace_page
 from manyheads.inspect.steps import (
     Step,
     attention_steps,
@@ -53,6 +54,35 @@ class Trace:
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.steps.values()))
+
+    def page(
+        self,
+        tokens: Sequence[str] | None = None,
+        *,
+        key_tokens: Sequence[str] | None = None,
+        head: int = 0,
+        query: int = -1,
+        batch: int = 0,
+    ) -> trace_page.Page:
+        """A page that walks through the four stages on these tokens, one pair worked out.
+
+        Args:
+            tokens: a name for each query row; None: their numbers.
+            key_tokens: a name for each key; None: the tokens, where there are as many keys, or
+                else their numbers.
+            head: whose score, weights and values are worked out with numbers.
+            query: the query row that is worked out; -1 is the last one.
+            batch: the batch element that is shown.
+
+        Raises:
+            ArgumentError: too many cells for a page, tokens of another number, or a head, query
+                or batch element that is not there.
+            MissingDependencyError: jinja2 is not installed.
+        """
+        return trace_page.page(self, tokens, key_tokens, head, query, batch)
+
+    def _repr_html_(self) -> str:
+        return trace_page.notebook(self)
 
 
 def trace(
