@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("functional", "masks", "positions", "rotary", "caches", "projection"),
         *("jagged", "spec", "weights", "arguments"),
     },
+    "pruning": {"module", "masks", "positions", "arguments"},
     "inspect": {
         *("module", "functional", "definition", "jagged", "masks", "positions", "caches"),
         *("spec", "arguments"),
@@ -284,8 +285,10 @@ PUBLIC_NAMES = [
     "YarnScaling",
     "attention",
     "explain",
+    "head_importance",
     "info",
     "measure",
+    "prune_heads",
     "trace",
     "trace_attention",
 ]

@@ -28,6 +28,7 @@ from .inspect import (
     TopKeys,
     Trace,
     WeightRows,
+    head_importance,
     measure,
     trace,
     trace_attention,
@@ -47,6 +48,7 @@ from .masks import (
 )
 from .module import MultiHeadAttention
 from .positions import Alibi, DenseBias, RelativeBias
+from .pruning import prune_heads
 from .rotary import LinearScaling, Llama3Scaling, NTKScaling, Rotary, YarnScaling
 
 __all__ = [
@@ -96,8 +98,10 @@ __all__ = [
     "YarnScaling",
     "attention",
     "explain",
+    "head_importance",
     "info",
     "measure",
+    "prune_heads",
     "trace",
     "trace_attention",
 ]

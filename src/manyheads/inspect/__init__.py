@@ -1,6 +1,7 @@
 """Looking at what heads attend to, in memory that does not grow with Lq * Lk."""
 
 from .functional import measure
+from .importance import head_importance
 from .measures import (
     Entropy,
     FirstKeysMass,
@@ -35,6 +36,7 @@ __all__ = [
     "TopKeys",
     "Trace",
     "WeightRows",
+    "head_importance",
     "measure",
     "trace",
     "trace_attention",
