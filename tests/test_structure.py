@@ -284,11 +284,13 @@ PUBLIC_NAMES = [
     "Window",
     "YarnScaling",
     "attention",
+    "contributions",
     "explain",
     "head_importance",
     "info",
     "measure",
     "prune_heads",
+    "rollout",
     "trace",
     "trace_attention",
 ]

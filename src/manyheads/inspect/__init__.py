@@ -1,5 +1,6 @@
 """Looking at what heads attend to, in memory that does not grow with Lq * Lk."""
 
+from .contributions import contributions
 from .functional import measure
 from .importance import head_importance
 from .measures import (
@@ -17,6 +18,7 @@ from .measures import (
     TopKeys,
     WeightRows,
 )
+from .rollout import rollout
 from .steps import Step
 from .tracing import Trace, trace, trace_attention
 
@@ -36,8 +38,10 @@ __all__ = [
     "TopKeys",
     "Trace",
     "WeightRows",
+    "contributions",
     "head_importance",
     "measure",
+    "rollout",
     "trace",
     "trace_attention",
 ]
