@@ -13,9 +13,10 @@ from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
 def rollout(maps: Iterable[Tensor]) -> Tensor:
     """Attention rollout (Abnar and Zuidema, 2020): A_l ... A_2 A_1.
 
-    A is W + I, each row divided by its sum; W is the mean of a layer's weights over its heads, and I the residual connection around it. Row
-    r of the result says how layer l's vector of token r is made up of the tokens of the input, if
-    every layer added what it attends to in equal parts to what was there.
+    A is W + I, each row divided by its sum; W is the mean of a layer's weights over its heads, and
+    I the residual connection around it. Row r of the result says how layer l's vector of token r is
+    made up of the tokens of the input, if every layer added what it attends to in equal parts to
+    what was there.
 
     Maps at full resolution, `HeatMap(n, n)` with n at least the number of tokens, give that
     exactly. Coarser ones multiply the pooled maps: a cell's tokens are taken to be attended to
