@@ -34,7 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"_autograd", "_ops", "definition", "dropout", "spec"},
     "dispatch": {"backends", "spec"},
     "jagged": {"masks"},
-    "functional": {"dispatch", "jagged", "masks", "positions", "caches", "spec", "arguments"},
+    "watching": {"spec"},
+    "parts": {"spec"},
+    "functional": {
+        *("dispatch", "jagged", "masks", "positions", "caches", "spec", "arguments"),
+        "watching",
+    },
     "weights": {"arguments"},
     "projection": {"_ops"},
     "module": {
@@ -44,10 +49,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pruning": {"module", "masks", "positions", "arguments"},
     "inspect": {
         *("module", "functional", "definition", "jagged", "masks", "positions", "caches"),
-        *("spec", "arguments"),
+        *("spec", "arguments", "integrations", "parts", "watching"),
     },
     "environment": {"_ops"},
-    "integrations": {"functional", "masks", "positions", "spec", "arguments"},
+    "integrations": {
+        *("functional", "masks", "positions", "spec", "arguments"),
+        *("definition", "parts", "watching"),
+    },
 }  # fmt: skip
 #: What stands on top of the public interface; nothing may import these but each other.
 ON_TOP = {"benchmark", "cli", "commands", "demo_models"}
@@ -270,12 +278,15 @@ PUBLIC_NAMES = [
     "MissingDependencyError",
     "MultiHeadAttention",
     "NTKScaling",
+    "NotRecordedError",
     "OffsetMass",
     "Predicate",
     "QueryRows",
     "Received",
+    "Record",
     "RelativeBias",
     "Rotary",
+    "Seen",
     "ShapeError",
     "StrictError",
     "TopKeys",
@@ -289,6 +300,7 @@ PUBLIC_NAMES = [
     "head_importance",
     "info",
     "measure",
+    "observe",
     "prune_heads",
     "rollout",
     "trace",

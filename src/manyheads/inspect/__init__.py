@@ -18,6 +18,8 @@ from .measures import (
     TopKeys,
     WeightRows,
 )
+from .observe import Observer, observe
+from .records import Record, Seen
 from .rollout import rollout
 from .steps import Step
 from .tracing import Trace, trace, trace_attention
@@ -31,8 +33,11 @@ __all__ = [
     "MaxLogit",
     "MeanDistance",
     "Measure",
+    "Observer",
     "OffsetMass",
     "Received",
+    "Record",
+    "Seen",
     "Step",
     "Top",
     "TopKeys",
@@ -41,6 +46,7 @@ __all__ = [
     "contributions",
     "head_importance",
     "measure",
+    "observe",
     "rollout",
     "trace",
     "trace_attention",
