@@ -20,13 +20,17 @@ from .measures import (
 )
 from .observe import Observer, observe
 from .records import Record, Seen
+from .report import BEHAVIOURS, Behaviour, HeadScores, Report, report
 from .rollout import rollout
 from .steps import Step
 from .tracing import Trace, trace, trace_attention
 
 __all__ = [
+    "BEHAVIOURS",
+    "Behaviour",
     "Entropy",
     "FirstKeysMass",
+    "HeadScores",
     "HeadSimilarity",
     "HeatMap",
     "LogSumExp",
@@ -37,6 +41,7 @@ __all__ = [
     "OffsetMass",
     "Received",
     "Record",
+    "Report",
     "Seen",
     "Step",
     "Top",
@@ -47,6 +52,7 @@ __all__ = [
     "head_importance",
     "measure",
     "observe",
+    "report",
     "rollout",
     "trace",
     "trace_attention",
