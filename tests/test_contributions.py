@@ -68,6 +68,19 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "no maps": (lambda: mh.rollout([]), mh.ArgumentError, "rollout got no maps"),
     "a word": (lambda: mh.rollout(["map"]), mh.ArgumentTypeError, "got a str as map 0"),
+    "steps": (
+        lambda: mh.rollout(observed(mh.HeatMap(), runs=2)), mh.ArgumentError,
+        "layer '0' ran 2 times; expected once",
+    ),
+    "cross": (
+        lambda: mh.rollout(observed(mh.HeatMap(), key=5)), mh.ArgumentError,
+        "layer '0' has 24 queries and 5 keys; expected self-attention",
+    ),
+    "no heat map": (
+        lambda: mh.rollout(observed(mh.HeatMap(4, 5), mh.Entropy())), mh.ArgumentError,
+        "expected HeatMap(n, n), of all queries and keys",
+    ),
+    "nothing": (lambda: mh.rollout(mh.Seen()), mh.ArgumentError, "rollout got no maps"),
     "not square": (
         lambda: mh.rollout([torch.zeros(1, 2, 3, 4)]), mh.ShapeError, "shape [1, 2, 3, 4]",
     ),
@@ -119,6 +132,26 @@ def test_rollout_at_full_resolution_is_the_papers(mask):
     found = mh.rollout(weights)
     torch.testing.assert_close(found, by_definition(weights))
     torch.testing.assert_close(found.sum(-1), torch.ones(5, 2, length, dtype=torch.float64))
+
+
+def observed(*measures: mh.Measure, runs: int = 1, key=None) -> mh.Seen:
+    model = nn.Sequential(*(randomised(MultiHeadAttention(E, 3)) for _ in range(4)))
+    x = torch.randn(2, 24, E)
+    with mh.observe(model, *measures) as seen:
+        for _ in range(runs):
+            model(x) if key is None else model[0](x, x[:, :key])
+    return seen
+
+
+def test_rollout_of_what_was_seen():
+    whole, coarse, view = mh.HeatMap(64, 64), mh.HeatMap(6, 6), mh.HeatMap(4, 4, queries=(0, 9))
+    seen = observed(mh.HeatMap(6, 3), view, coarse, whole)
+    maps = [seen[layer][0][coarse] for layer in seen.layers]
+    assert torch.equal(mh.rollout(seen), mh.rollout(maps))
+    fine = [seen[layer][0][whole].double() for layer in seen.layers]
+    assert fine[0].shape == (2, 3, 24, 24)
+    torch.testing.assert_close(mh.rollout(fine), by_definition(fine))
+    torch.testing.assert_close(maps[0].double(), pooled(fine[0], 6))
 
 
 def test_a_row_of_nothing_keeps_its_own_vector():

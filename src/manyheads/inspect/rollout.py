@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from manyheads.errors import ArgumentError, ArgumentTypeError, ShapeError
+from manyheads.inspect.measures import HeatMap
+from manyheads.inspect.records import Seen
 
 
-def rollout(maps: Iterable[Tensor]) -> Tensor:
+def rollout(maps: Seen | Iterable[Tensor]) -> Tensor:
     """Attention rollout (Abnar and Zuidema, 2020): A_l ... A_2 A_1.
 
     A is W + I, each row divided by its sum; W is the mean of a layer's weights over its heads, and
@@ -24,15 +26,15 @@ def rollout(maps: Iterable[Tensor]) -> Tensor:
     with sinks do not); rows always sum to 1, and a token's own part stays in its cell.
 
     Args:
-        maps: square heat maps of self-attention, [B, Hq, n, n], the first layer's first, such as
-            those of `HeatMap(n, n)`.
+        maps: what `observe(model, HeatMap(n, n))` saw of one forward pass through layers of
+            self-attention; or such maps themselves, [B, Hq, n, n], the first layer's first.
 
     Returns:
         [layers, B, n, n], after each layer; the paper's is the last. A query that may attend to
         nothing keeps its own vector.
 
     Raises:
-        ArgumentError: no maps.
+        ArgumentError: no maps, layers that ran more than once, or cross-attention.
         ShapeError: maps that are not square, or of different sizes.
         ArgumentTypeError: something else than tensors.
 
@@ -41,7 +43,7 @@ def rollout(maps: Iterable[Tensor]) -> Tensor:
     tensor([[0.6250, 0.3750],
             [0.3750, 0.6250]])
     """
-    layers = list(maps)
+    layers = _maps_of(maps) if isinstance(maps, Seen) else list(maps)
     if not layers:
         raise ArgumentError(
             "rollout got no maps; expected one for each layer, the first layer's first: measure "
@@ -56,6 +58,35 @@ def rollout(maps: Iterable[Tensor]) -> Tensor:
         so_far = (mixed / mixed.sum(-1, keepdim=True)) @ so_far
         found.append(so_far)
     return torch.stack(found)
+
+
+def _maps_of(seen: Seen) -> list[Tensor]:
+    """The square heat map of each layer, in the order in which they ran."""
+    found = []
+    for layer in seen.layers:
+        record, *others = seen[layer]
+        if others:
+            raise ArgumentError(
+                f"layer {layer!r} ran {1 + len(others)} times; expected once, one forward pass "
+                "over a whole text: observe model(tokens), not generate()."
+            )
+        if record.query_length != record.key_length:
+            raise ArgumentError(
+                f"layer {layer!r} has {record.query_length} queries and {record.key_length} keys; "
+                "expected self-attention of a whole text: choose others with observe(layers=...)."
+            )
+        whole = [one for one in record.measures if isinstance(one, HeatMap) and _is_square(one)]
+        if not whole:
+            raise ArgumentError(
+                f"layer {layer!r} was asked for {record.measures}; expected HeatMap(n, n), of all "
+                "queries and keys: give it to observe()."
+            )
+        found.append(record[whole[0]])
+    return found
+
+
+def _is_square(one: HeatMap) -> bool:
+    return one.rows == one.columns and one.queries is None and one.keys is None
 
 
 def _check(one: Tensor, first: Tensor, number: int) -> None:
