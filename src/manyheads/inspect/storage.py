@@ -98,8 +98,8 @@ def _fields(number: int, described: Any, asked: list[Measure], tensor: Any) -> d
     answers = []
     for which, (kind, *names) in enumerate(described["answers"]):
         if names:
-            parts = {name: tensor(f"{number}/{which}/{name}") for name in names}
-            answers.append(getattr(measures, _known(kind, tuple))(**parts))
+            made = getattr(measures, _known(kind, tuple))
+            answers.append(made(**{name: tensor(f"{number}/{which}/{name}") for name in names}))
         else:
             answers.append(tensor(f"{number}/{which}"))
     return {

@@ -62,13 +62,13 @@ def _kinds(model: PreTrainedModel) -> set[type[PreTrainedModel]]:
 
 @contextmanager
 def on_manyheads(models: Iterable[PreTrainedModel]) -> Iterator[None]:
-    """The models run on manyheads for the time of the block.
+    """Those of the models that can run on manyheads for the time of the block.
 
     Raises:
-        ArgumentError: a model did not take it.
+        ArgumentError: one of these did not take it.
     """
     huggingface.register(NAME)
-    models = tuple(models)
+    models = tuple(model for model in models if takes_manyheads(model))
     configs = {id(config): config for model in models for config in _configs(model)}
     with _lock:
         for key, config in configs.items():
