@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_module import randomised
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import manyheads as mh
 from manyheads import MultiHeadAttention
@@ -78,6 +79,49 @@ def test_equals_the_contributions(model):
     torch.testing.assert_close(found, expected.detach())
 
 
+def bert() -> tuple[nn.Module, str]:
+    config = BertConfig(
+        vocab_size=31, hidden_size=12, intermediate_size=13, num_hidden_layers=2,
+        num_attention_heads=3, attn_implementation="eager",
+    )  # fmt: skip
+    return BertModel(config), "encoder.layer.1.attention"
+
+
+def llama() -> tuple[nn.Module, str]:
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=13, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    return LlamaModel(config), "layers.1.self_attn"
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_a_model_of_transformers(make):
+    """A factor on a head is one on its columns of W_O, whose derivative is sum(W_O * dL/dW_O)."""
+    model, name = make()
+    model = model.double().eval()
+    layer = model.get_submodule(name)
+    out_proj = layer.o_proj if make is llama else layer.output.dense
+    heads = 4 if make is llama else 3
+    tokens = torch.randint(31, (3, 7))
+    factor = torch.randn(7, out_proj.out_features, dtype=torch.float64)
+
+    def loss(tokens: Tensor) -> Tensor:
+        return (model(tokens).last_hidden_state * factor).sum()
+
+    before = model.config._attn_implementation
+    found = mh.head_importance(model, loss, [tokens[:1], tokens[1:]])
+    assert model.config._attn_implementation == before
+    assert len(found) == 2
+    (key,) = (key for key in found if key.startswith(name))
+    expected = torch.zeros(heads, dtype=torch.float64)
+    for text in tokens:
+        # Not by differences: Llama's norms are computed in float32, which would be their noise.
+        (gradient,) = torch.autograd.grad(loss(text[None]), out_proj.weight)
+        expected += (gradient * out_proj.weight).sum(0).view(heads, -1).sum(-1).abs() / 3
+    torch.testing.assert_close(found[key], expected.detach())
+
+
 def test_a_head_that_does_nothing_has_none(model):
     columns = slice(2 * 2, 3 * 2)
     model.first.out_proj.weight.data[:, columns] = 0
@@ -123,7 +167,7 @@ X = torch.zeros(1, L, E, dtype=torch.float64)
 BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
     "no heads": (
         lambda m: mh.head_importance(nn.Linear(2, 2), loss_of(m), [X]), mh.ArgumentError,
-        "the Linear holds no manyheads.MultiHeadAttention",
+        "the Linear holds no manyheads.MultiHeadAttention and no model of transformers",
     ),
     "no batches": (
         lambda m: mh.head_importance(m, loss_of(m), []), mh.ArgumentError, "got no batches",

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dispatch": {"backends", "spec"},
     "jagged": {"masks"},
     "watching": {"spec"},
+    "gates": set(),
     "parts": {"spec"},
     "functional": {
         *("dispatch", "jagged", "masks", "positions", "caches", "spec", "arguments"),
@@ -49,12 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pruning": {"module", "masks", "positions", "arguments"},
     "inspect": {
         *("module", "functional", "definition", "jagged", "masks", "positions", "caches"),
-        *("spec", "arguments", "integrations", "parts", "watching"),
+        *("spec", "arguments", "integrations", "parts", "watching", "gates"),
     },
     "environment": {"_ops"},
     "integrations": {
         *("functional", "masks", "positions", "spec", "arguments"),
-        *("definition", "parts", "watching"),
+        *("definition", "parts", "watching", "gates"),
     },
 }  # fmt: skip
 #: What stands on top of the public interface; nothing may import these but each other.

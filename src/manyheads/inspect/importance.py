@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError
+from manyheads.gates import gating
+from manyheads.inspect.layers import transformers_models
 from manyheads.module import MultiHeadAttention
 
 Batch = TypeVar("Batch")
@@ -29,17 +31,18 @@ def head_importance(
     are not changed, and may be frozen.
 
     Args:
-        model: one that holds `MultiHeadAttention` modules, or is one.
+        model: one that holds `MultiHeadAttention` modules, or is one; or a model of transformers,
+            which runs on manyheads meanwhile.
         loss: runs the model on a batch and returns a floating scalar.
         batches: what `loss` is called with, one after another.
 
     Returns:
-        For each `MultiHeadAttention`, by its name in the model, [Hq] numbers of at least 0, float32
-        (float64 for float64 inputs); zeros for one that the loss does not reach. Jagged batches
-        count as one text.
+        For each attention layer, by its name in the model, [Hq] numbers of at least 0, float32
+        (float64 for float64 inputs); zeros where the loss does not reach. Jagged batches count as
+        one text. Layers of transformers that did not run are not there.
 
     Raises:
-        ArgumentError: no such module, no batches, or a loss that none of them reaches.
+        ArgumentError: no such layers, no batches, or a loss that none of them reaches.
         ArgumentTypeError: `loss` returns something else than a floating scalar.
 
     >>> attention = MultiHeadAttention(8, num_heads=2)
@@ -47,80 +50,106 @@ def head_importance(
     >>> head_importance(attention, lambda x: attention(x).square().mean(), texts)[""].shape
     torch.Size([2])
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MultiHeadAttention)
-    }
-    if not layers:
-        raise ArgumentError(
-            f"the {type(model).__name__} holds no manyheads.MultiHeadAttention; expected at least "
-            "one: their heads are what is measured."
-        )
-    totals: dict[str, Tensor | float] = dict.fromkeys(layers, 0.0)
-    texts = dict.fromkeys(layers, 0)
+    layers = _Layers(model)
+    totals: dict[str, Tensor] = {}
+    texts: dict[str, int] = {}
     batch_count = 0
     for batch in batches:
         batch_count += 1
-        for name, gradient in _gate_gradients(layers, loss, batch):
-            totals[name] = totals[name] + gradient.abs().sum(0)
-            texts[name] += len(gradient)
+        for name, gradient in layers.gradients(loss, batch):
+            sums = gradient.abs().sum(0)
+            totals[name] = totals[name] + sums if name in totals else sums
+            texts[name] = texts.get(name, 0) + len(gradient)
     if not batch_count:
         raise ArgumentError(
             "head_importance got no batches; expected at least one: an iterator that was used up "
             "has none left."
         )
+    found = {name: total / texts[name] for name, total in totals.items()}
+    unused = {name: torch.zeros(one.num_heads) for name, one in layers.ours.items()}
     return {
-        name: torch.as_tensor(total).expand(layers[name].num_heads) / max(1, texts[name])
-        for name, total in totals.items()
+        name: (unused | found)[name] for name in layers.paths.values() if name in unused | found
     }
 
 
-def _gate_gradients(
-    layers: dict[str, MultiHeadAttention], loss: Callable[[Batch], Tensor], batch: Batch
-) -> list[tuple[str, Tensor]]:
-    """(layer, dL / dg [B, Hq]) for the layers that ran."""
-    with ExitStack() as hooks, torch.enable_grad():
-        gates = {}
-        for name, layer in layers.items():
-            gates[name] = _Gates(layer.num_heads)
-            hook = layer.out_proj.register_forward_pre_hook(gates[name])
-            hooks.callback(hook.remove)
-        value = loss(batch)
-        used = [(name, gate) for name, found in gates.items() for gate in found.by_size.values()]
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != 1:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ArgumentTypeError(
-                f"the loss is {got}; expected a floating tensor of one number: reduce it with "
-                ".sum() or .mean()."
-            )
-        if not used or not value.requires_grad:
+class _Layers:
+    """The attention layers of a model, and the factors on their heads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = dict(model.named_modules())
+        self.paths = {module: name for name, module in named.items()}
+        self.ours = {
+            name: one for name, one in named.items() if isinstance(one, MultiHeadAttention)
+        }
+        self.models = transformers_models(self.paths)
+        if not self.ours and not self.models:
             raise ArgumentError(
-                "the loss does not depend on any attention of the model; expected it to run the "
-                "model that was given, without detaching and outside of inference_mode."
+                f"the {type(model).__name__} holds no manyheads.MultiHeadAttention and no model of "
+                "transformers; expected at least one: their heads are what is measured."
             )
-        found = torch.autograd.grad(value, [gate for _, gate in used], allow_unused=True)
-    return [
-        (name, torch.zeros_like(gate) if gradient is None else gradient)
-        for (name, gate), gradient in zip(used, found, strict=True)
-    ]
+
+    def gradients(self, loss: Callable[[Batch], Tensor], batch: Batch) -> list[tuple[str, Tensor]]:
+        """(layer, dL / dg [B, Hq]) for the layers that ran."""
+        gates: dict[str, _Gates] = {}
+        with ExitStack() as stack, torch.enable_grad():
+            for name, layer in self.ours.items():
+                gates[name] = _Gates()
+                hook = _split(gates[name], layer.num_heads)
+                stack.callback(layer.out_proj.register_forward_pre_hook(hook).remove)
+            if self.models:
+                from manyheads.integrations.huggingface_switch import on_manyheads
+
+                def gate(module: nn.Module, heads: Tensor) -> Tensor:
+                    name = self.paths.get(module)
+                    return heads if name is None else gates.setdefault(name, _Gates())(heads)
+
+                stack.enter_context(on_manyheads(self.models))
+                stack.enter_context(gating(gate))
+            value = loss(batch)
+            _check_loss(value)
+            used = [(name, one) for name, of in gates.items() for one in of.by_size.values()]
+            if not used or not value.requires_grad:
+                raise ArgumentError(
+                    "the loss does not depend on any attention of the model; expected it to run "
+                    "the model that was given, without detaching and outside of inference_mode."
+                )
+            found = torch.autograd.grad(value, [gate for _, gate in used], allow_unused=True)
+        return [
+            (name, torch.zeros_like(gate) if gradient is None else gradient)
+            for (name, gate), gradient in zip(used, found, strict=True)
+        ]
 
 
 class _Gates:
-    """Multiplies each head's output by a factor of 1, before `out_proj`."""
+    """Multiplies each head's output [B, L, Hq, D] by a factor of 1."""
 
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
+    def __init__(self) -> None:
         #: By batch size, so that a layer that runs several times for a text has one factor.
         self.by_size: dict[int, Tensor] = {}
 
-    def __call__(self, out_proj: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, *others = inputs
-        batch = x.shape[0]
+    def __call__(self, heads: Tensor) -> Tensor:
+        batch, _, count, _ = heads.shape
         if batch not in self.by_size:
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            ones = torch.ones(batch, self.heads, dtype=wide, device=x.device)
+            wide = torch.float64 if heads.dtype == torch.float64 else torch.float32
+            ones = torch.ones(batch, count, dtype=wide, device=heads.device)
             self.by_size[batch] = ones.requires_grad_()
-        heads = x.reshape(*x.shape[:-1], self.heads, -1)
-        gated = heads * self.by_size[batch][:, None, :, None]
-        return (gated.flatten(-2).to(x.dtype), *others)
+        return (heads * self.by_size[batch][:, None, :, None]).to(heads.dtype)
+
+
+def _split(gates: _Gates, heads: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+    """The hook before a `MultiHeadAttention`'s out_proj."""
+
+    def hook(out_proj: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *others = inputs
+        return (gates(x.reshape(*x.shape[:-1], heads, -1)).flatten(-2), *others)
+
+    return hook
+
+
+def _check_loss(value: Any) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != 1:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ArgumentTypeError(
+            f"the loss is {got}; expected a floating tensor of one number: reduce it with "
+            ".sum() or .mean()."
+        )
