@@ -129,6 +129,17 @@ def test_a_cache_is_used_and_left_as_it_was():
     assert steps["weights"].shape == (B, 6, L - 5, L)
 
 
+def test_autocast_rounds_what_the_module_rounds():
+    module, x = randomised(MultiHeadAttention(E, 4)), torch.randn(B, L, E)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        steps, expected = mh.trace(module, x), module(x)
+        lengths = mh.contributions(module, x)
+    assert steps["output"].dtype == expected.dtype == steps["heads"].dtype == torch.bfloat16
+    assert steps["weights"].dtype == lengths.dtype == torch.float32
+    torch.testing.assert_close(steps["weights"].sum(-1), torch.ones(B, 4, L))
+    close(expected, steps["contributions"].sum(1).double() + module.out_proj.bias, steps["output"])
+
+
 def test_dropout_is_left_out_and_gradients_flow():
     module = MultiHeadAttention(E, 4, dropout=0.5)
     x = torch.randn(L, E, requires_grad=True)

@@ -74,10 +74,11 @@ def contributions(
     heads = attention(q, k, v, **options)
     wide = torch.float64 if heads.dtype == torch.float64 else torch.float32
     weight, size = module.out_proj.weight.to(wide), module.head_dim
-    found = [
-        (head.to(wide) @ _factor(columns).T).norm(dim=-1)
-        for head, columns in zip(heads.unbind(1), torch.split(weight, size, 1), strict=True)
-    ]
+    with torch.autocast(heads.device.type, enabled=False):
+        found = [
+            (head.to(wide) @ _factor(columns).T).norm(dim=-1)
+            for head, columns in zip(heads.unbind(1), torch.split(weight, size, 1), strict=True)
+        ]
     return torch.stack(found, dim=1)
 
 

@@ -154,8 +154,9 @@ def trace(
     )
     steps = projections(module, (query, key, value), (q, k, v), past)
     call, _, _ = prepare(q, k, v, **options, **_PLAIN)
-    steps += attention_steps(call)
-    steps += combination(module, call, steps[-1].tensor)
+    with torch.autocast(query.device.type, enabled=False):  # what follows chooses its own types
+        steps += attention_steps(call)
+        steps += combination(module, call, steps[-1].tensor)
     return Trace({step.name: step for step in steps}, call.scale)
 
 
@@ -212,7 +213,8 @@ def trace_attention(
         query, key, value, mask=mask, attn_bias=attn_bias, scale=scale, query_start=query_start,
         **options,
     )  # fmt: skip
-    steps = attention_steps(call)
+    with torch.autocast(query.device.type, enabled=False):
+        steps = attention_steps(call)
     return Trace({step.name: step for step in steps}, call.scale)
 
 
