@@ -272,18 +272,34 @@ def test_with_an_observer_and_a_config_that_asks_for_attentions() -> None:
     assert type(model(ids).attentions[0]) is Tensor
 
 
+class Attends(torch.nn.Module):
+    """Hands its second result to whoever has a hook on it, as transformers' modules do."""
+
+    is_causal = False
+
+    def forward(self, query: Tensor, key: Tensor, **kwargs: Any) -> Any:
+        return huggingface.attention_forward(self, query, key, key, None, **kwargs)
+
+
+@pytest.mark.parametrize("told", [True, False])
 @torch.no_grad()
-def test_a_compiled_forward_returns_them_or_says_why_not() -> None:
+def test_compiled_modules_return_them_or_say_why_not(told: bool) -> None:
+    """GPT-2 does not tell its layers of output_attentions; only the collector knows."""
     torch._dynamo.reset()
-    kind, config = DECODERS["gpt2"]  # which does not hand output_attentions to its layers
-    config = config()
-    config.num_hidden_layers = 1
-    model, (ids, _) = on(kind(config).eval(), "manyheads"), padded("none")
-    given = dict(output_attentions=True, use_cache=False)
-    (expected,) = model(ids, **given).attentions
-    (actual,) = torch.compile(model, backend="eager")(ids, **given).attentions
-    torch.testing.assert_close(actual + 0, expected + 0)
-    torch._dynamo.reset()
-    llama = on(copy.deepcopy(decoder("llama")), "manyheads")
-    with pytest.raises(Exception, match="outside of the graph; leave fullgraph=True or"):
-        torch.compile(llama, backend="eager", fullgraph=True)(ids, **given)
+    module, collected = Attends(), []
+    module.register_forward_hook(lambda module, inputs, output: collected.append(output[1]))
+    query, key = torch.randn(B, HEADS, LQ, D), torch.randn(B, KV_HEADS, LK, D)
+    given = dict(output_attentions=True) if told else {}
+    (dense,) = mh.measure(query, key, [mh.WeightRows(tuple(range(LQ)))])
+    token = huggingface._collector.set(None if told else {"attentions": []})
+    try:
+        torch.compile(module, backend="eager")(query, key, **given)
+        assert_equal_up_to_rounding(collected[0] + 0, dense)
+        torch._dynamo.reset()
+        refused = "outside of the graph; leave fullgraph=True or" if told else "ContextVar"
+        with pytest.raises(Exception, match=refused):
+            torch.compile(module, backend="eager", fullgraph=True)(query, key, **given)
+    finally:
+        huggingface._collector.reset(token)
+    module(query, key)
+    assert collected[-1] is None
