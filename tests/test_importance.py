@@ -74,7 +74,9 @@ def test_equals_the_contributions(model):
     """Where the loss is linear in the output: |sum of the head's contribution times the factor|."""
     layer, factor = model.first.float(), torch.randn(3, L, E)
     x = torch.randn(3, L, E)
-    found = mh.head_importance(layer, lambda x: (layer(x) * factor).sum(), [x])[""]
+    found = mh.head_importance(layer, lambda x: (layer(x) * factor).sum(), [x])[
+        "MultiHeadAttention"
+    ]
     contributions = mh.trace(layer, x)["contributions"]
     expected = (contributions * factor[:, None]).sum((2, 3)).abs().mean(0)
     torch.testing.assert_close(found, expected.detach())
@@ -183,6 +185,11 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
     "another model": (
         lambda m: mh.head_importance(m, lambda x: x.sum(), [X]), mh.ArgumentError,
         "does not depend on any attention",
+    ),
+    "beside it": (
+        lambda m: mh.head_importance(
+            m, lambda x: (m(x), m.first.q_proj.weight.sum())[1], [X]
+        ), mh.ArgumentError, "does not depend on any attention",
     ),
     "detached": (
         lambda m: mh.head_importance(m, lambda x: m(x).detach().sum(), [X]), mh.ArgumentError,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.gates import gating
-from manyheads.inspect.layers import transformers_models
+from manyheads.inspect.layers import paths_of, transformers_models
 from manyheads.module import MultiHeadAttention
 
 Batch = TypeVar("Batch")
@@ -37,9 +37,9 @@ def head_importance(
         batches: what `loss` is called with, one after another.
 
     Returns:
-        For each attention layer, by its name in the model, [Hq] numbers of at least 0, float32
-        (float64 for float64 inputs); zeros where the loss does not reach. Jagged batches count as
-        one text. Layers of transformers that did not run are not there.
+        For each attention layer, by its path in the model as `observe` names it, [Hq] numbers of
+        at least 0, float32 (float64 for float64 inputs); zeros where the loss does not reach.
+        Jagged batches count as one text. Layers of transformers that did not run are not there.
 
     Raises:
         ArgumentError: no such layers, no batches, or a loss that none of them reaches.
@@ -47,7 +47,8 @@ def head_importance(
 
     >>> attention = MultiHeadAttention(8, num_heads=2)
     >>> texts = [torch.randn(3, 5, 8), torch.randn(3, 7, 8)]
-    >>> head_importance(attention, lambda x: attention(x).square().mean(), texts)[""].shape
+    >>> scores = head_importance(attention, lambda x: attention(x).square().mean(), texts)
+    >>> scores["MultiHeadAttention"].shape
     torch.Size([2])
     """
     layers = _Layers(model)
@@ -76,10 +77,9 @@ class _Layers:
     """The attention layers of a model, and the factors on their heads."""
 
     def __init__(self, model: nn.Module) -> None:
-        named = dict(model.named_modules())
-        self.paths = {module: name for name, module in named.items()}
+        self.paths = paths_of(model)
         self.ours = {
-            name: one for name, one in named.items() if isinstance(one, MultiHeadAttention)
+            name: one for one, name in self.paths.items() if isinstance(one, MultiHeadAttention)
         }
         self.models = transformers_models(self.paths)
         if not self.ours and not self.models:
@@ -108,12 +108,14 @@ class _Layers:
             value = loss(batch)
             _check_loss(value)
             used = [(name, one) for name, of in gates.items() for one in of.by_size.values()]
-            if not used or not value.requires_grad:
-                raise ArgumentError(
-                    "the loss does not depend on any attention of the model; expected it to run "
-                    "the model that was given, without detaching and outside of inference_mode."
-                )
-            found = torch.autograd.grad(value, [gate for _, gate in used], allow_unused=True)
+            found: tuple[Tensor | None, ...] = ()
+            if used and value.requires_grad:
+                found = torch.autograd.grad(value, [one for _, one in used], allow_unused=True)
+        if all(gradient is None for gradient in found):
+            raise ArgumentError(
+                "the loss does not depend on any attention of the model; expected it to run the "
+                "model that was given, without detaching and outside of inference_mode."
+            )
         return [
             (name, torch.zeros_like(gate) if gradient is None else gradient)
             for (name, gate), gradient in zip(used, found, strict=True)
