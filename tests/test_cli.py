@@ -115,6 +115,18 @@ def test_a_missing_extra_is_one_clear_line(run, monkeypatch):
     assert "pip install 'manyheads[cli]'" in status and "\n" not in status
 
 
+def test_heads_says_what_heads_do(run, tiny_model, tmp_path, monkeypatch):
+    status, printed = run("heads", "--model", str(tiny_model))
+    assert status == 0
+    assert "what its 6 heads do" in printed and "induction (" in printed
+    text, given = tmp_path / "text.txt", []
+    text.write_text("the capital of Portugal is Lisbon ? " * 400)
+    monkeypatch.setattr(commands, "report", lambda *inputs: given.append(inputs) or mh.Report(()))
+    assert run("heads", "--model", str(tiny_model), "--text", str(text))[0] == 0
+    ((_, tokens),) = given
+    assert tokens.shape == (1, 2048) and tokens[0, :8].tolist() == [2, 3, 4, 5, 6, 7, 8, 2]
+
+
 def test_demo_compares_tokens_and_times(run, tiny_model, monkeypatch):
     case = benchmark.AttentionCase("11 tokens", q_heads=3, kv_heads=1, length=11, head_dim=5)
     monkeypatch.setattr(commands, "_DEMO_CASES", (case, case))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/huggingface.md", "docs/observe.md"]
+PAGES = ["README.md", "docs/heads.md", "docs/huggingface.md", "docs/observe.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -27,11 +27,19 @@ from .inspect import (
     OffsetMass,
     Received,
     Record,
+    Report,
     Seen,
     TopKeys,
+    Trace,
     WeightRows,
+    contributions,
+    head_importance,
     measure,
     observe,
+    report,
+    rollout,
+    trace,
+    trace_attention,
 )
 from .masks import (
     Causal,
@@ -48,6 +56,7 @@ from .masks import (
 )
 from .module import MultiHeadAttention
 from .positions import Alibi, DenseBias, RelativeBias
+from .pruning import prune_heads
 from .rotary import LinearScaling, Llama3Scaling, NTKScaling, Rotary, YarnScaling
 
 __all__ = [
@@ -89,17 +98,26 @@ __all__ = [
     "Received",
     "Record",
     "RelativeBias",
+    "Report",
     "Rotary",
     "Seen",
     "ShapeError",
     "StrictError",
     "TopKeys",
+    "Trace",
     "WeightRows",
     "Window",
     "YarnScaling",
     "attention",
+    "contributions",
     "explain",
+    "head_importance",
     "info",
     "measure",
     "observe",
+    "prune_heads",
+    "report",
+    "rollout",
+    "trace",
+    "trace_attention",
 ]

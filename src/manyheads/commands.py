@@ -1,8 +1,12 @@
-"""What the `manyheads` command can do: generate, info, bench, demo. Each prints one screen."""
+"""What the `manyheads` command can do: generate, heads, info, bench, demo.
+
+Each prints one screen.
+"""
 
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from statistics import median
 from typing import Annotated
 
@@ -18,6 +22,7 @@ from manyheads.benchmark import AttentionCase, Comparison
 from manyheads.environment import info as environment_info
 from manyheads.errors import MissingDependencyError
 from manyheads.functional import explain
+from manyheads.inspect import report
 
 app = typer.Typer(
     add_completion=False,
@@ -76,6 +81,37 @@ def generate(
     """Answer PROMPT with a language model, greedily, on manyheads attention."""
     loaded = _load(model, attn.value)
     typer.echo(loaded.answer(prompt, max_new_tokens).text)
+
+
+@app.command()
+def heads(
+    model: ModelOption = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Measure what can be on this text, up to 2,048 tokens of it. "
+            "Default: all on random tokens said twice.",
+        ),
+    ] = None,
+) -> None:
+    """What a language model's heads do: which look back one token, which copy, which rest."""
+    console = Console()
+    with console.status("loading the model (fetched and converted the first time)"):
+        loaded = _load(model, "manyheads")
+    tokens = None
+    if text is not None:
+        words = text.read_text(encoding="utf-8", errors="replace")
+        tokens = loaded.tokenizer(words, return_tensors="pt").input_ids[:, :2048]
+    with console.status("watching its heads"):
+        found = report(loaded.model, tokens)
+    console.print(
+        f"[bold]{loaded.name}[/bold]: what its {len(found.heads)} heads do; scores from 0 to 1"
+    )
+    console.print(found)
 
 
 @app.command()

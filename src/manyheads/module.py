@@ -206,6 +206,27 @@ class MultiHeadAttention(nn.Module):
                 mask=mask, attn_bias=attn_bias, cache=cache, query_start=query_start,
             )  # fmt: skip
             return out[0]
+        q, k, v, options = self._inputs(
+            query, key, value, self_attention, mask, attn_bias, cache, query_start
+        )
+        out = attention(q, k, v, **options, dropout_p=self.dropout if self.training else 0.0)
+        return project(self.out_proj, out.transpose(1, 2).flatten(2))
+
+    def _inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        self_attention: bool,
+        mask: Mask | Tensor | None,
+        attn_bias: ScoreBias | Tensor | None,
+        cache: KVCache | None,
+        query_start: PerBatch | None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """What `attention` is called with: [B, H, L, D] each, and the other arguments.
+
+        Keys and values are appended to the cache, and come with all that it holds.
+        """
         q = self._heads(project(self.q_proj, query), self.num_heads, self.q_norm)
         k = self._heads(project(self.k_proj, key), self.num_kv_heads, self.k_norm)
         v = self._heads(project(self.v_proj, value), self.num_kv_heads)
@@ -229,15 +250,13 @@ class MultiHeadAttention(nn.Module):
             k = turn(k, *tables)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = attention(
-            q, k, v,
-            mask=mask,
-            attn_bias=_sum(self.attn_bias, attn_bias),
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            query_start=query_start,
-        )  # fmt: skip
-        return project(self.out_proj, out.transpose(1, 2).flatten(2))
+        options = {
+            "mask": mask,
+            "attn_bias": _sum(self.attn_bias, attn_bias),
+            "scale": self.scale,
+            "query_start": query_start,
+        }
+        return q, k, v, options
 
     def _forward_jagged(
         self,

@@ -1,6 +1,8 @@
 """Looking at what heads attend to, in memory that does not grow with Lq * Lk."""
 
+from .contributions import contributions
 from .functional import measure
+from .importance import head_importance
 from .measures import (
     Entropy,
     FirstKeysMass,
@@ -18,10 +20,17 @@ from .measures import (
 )
 from .observe import Observer, observe
 from .records import Record, Seen
+from .report import BEHAVIOURS, Behaviour, HeadScores, Report, report
+from .rollout import rollout
+from .steps import Step
+from .tracing import Trace, trace, trace_attention
 
 __all__ = [
+    "BEHAVIOURS",
+    "Behaviour",
     "Entropy",
     "FirstKeysMass",
+    "HeadScores",
     "HeadSimilarity",
     "HeatMap",
     "LogSumExp",
@@ -32,10 +41,19 @@ __all__ = [
     "OffsetMass",
     "Received",
     "Record",
+    "Report",
     "Seen",
+    "Step",
     "Top",
     "TopKeys",
+    "Trace",
     "WeightRows",
+    "contributions",
+    "head_importance",
     "measure",
     "observe",
+    "report",
+    "rollout",
+    "trace",
+    "trace_attention",
 ]

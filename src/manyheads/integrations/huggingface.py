@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError, MissingDependencyError
 from manyheads.functional import attention
+from manyheads.gates import gate
 from manyheads.integrations.lazy import weights_of
 from manyheads.masks import Causal, Mask, Window
 from manyheads.watching import keeping
@@ -114,7 +115,10 @@ def attention_forward(
         dropout_p=dropout,
         query_start=query_start,
     )
-    return out.transpose(1, 2).contiguous(), weights
+    heads = out.transpose(1, 2)
+    if not torch.compiler.is_compiling() and (own := gate()) is not None:
+        heads = own(module, heads)
+    return heads.contiguous(), weights
 
 
 def _attend(*inputs: Tensor, **options: Any) -> tuple[Tensor, None]:
