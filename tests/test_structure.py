@@ -267,6 +267,7 @@ PUBLIC_NAMES = [
     "MultiHeadAttention",
     "NTKScaling",
     "OffsetMass",
+    "Page",
     "Predicate",
     "QueryRows",
     "Received",
@@ -282,4 +283,5 @@ PUBLIC_NAMES = [
     "explain",
     "info",
     "measure",
+    "view",
 ]

@@ -24,10 +24,12 @@ from .inspect import (
     MeanDistance,
     Measure,
     OffsetMass,
+    Page,
     Received,
     TopKeys,
     WeightRows,
     measure,
+    view,
 )
 from .masks import (
     Causal,
@@ -79,6 +81,7 @@ __all__ = [
     "MultiHeadAttention",
     "NTKScaling",
     "OffsetMass",
+    "Page",
     "Predicate",
     "QueryRows",
     "Received",
@@ -94,4 +97,5 @@ __all__ = [
     "explain",
     "info",
     "measure",
+    "view",
 ]

@@ -16,6 +16,7 @@ from .measures import (
     TopKeys,
     WeightRows,
 )
+from .page import Page, view
 
 __all__ = [
     "Entropy",
@@ -27,9 +28,11 @@ __all__ = [
     "MeanDistance",
     "Measure",
     "OffsetMass",
+    "Page",
     "Received",
     "Top",
     "TopKeys",
     "WeightRows",
     "measure",
+    "view",
 ]
