@@ -11,10 +11,10 @@ const STOPS = {
 
 // What the palette menu offers. "auto" and "grey" begin at the page's own paper.
 const PALETTES = [
-  ["auto", "Magma, follows the theme"],
+  ["auto", "Magma"],
   ["viridis", "Viridis"],
   ["cividis", "Cividis"],
-  ["grey", "Grey, follows the theme"],
+  ["grey", "Grey"],
 ];
 
 // 256 colours of a map as bytes r, g, b.
@@ -33,6 +33,16 @@ function sampled(name, reversed) {
   return colours;
 }
 
+// Colours near `zero` run into the page's paper, so that nothing looks like nothing.
+function onPaper(colours, zero, paper) {
+  const faded = colours.slice();
+  for (let i = 0; i < 256; i++) {
+    const part = Math.max(0, Math.abs(i - zero) - 0.5) / 32;
+    for (let c = 0; c < 3 && part < 1; c++) faded[3 * i + c] = Math.round(paper[c] + (colours[3 * i + c] - paper[c]) * part);
+  }
+  return faded;
+}
+
 const ramps = new Map();
 
 // The colours of `kind`: "map" (the reader's choice), "strip" or "difference".
@@ -43,7 +53,11 @@ function ramp(kind) {
   if (name === "grey") [name, reversed] = ["gray_r", dark];
   if (kind === "difference" && dark) name = "berlin";
   const key = name + reversed;
-  if (!ramps.has(key)) ramps.set(key, sampled(name, reversed));
+  if (!ramps.has(key)) {
+    const colours = sampled(name, reversed), paper = dark ? [20, 20, 23] : [255, 255, 255];
+    const zero = kind === "difference" ? 127.5 : 0, keeps = name === "viridis" || name === "cividis";
+    ramps.set(key, keeps ? colours : onPaper(colours, zero, paper));
+  }
   return ramps.get(key);
 }
 
@@ -53,10 +67,7 @@ function colourAt(colours, share) {
   return `rgb(${colours[i]},${colours[i + 1]},${colours[i + 2]})`;
 }
 
-function isDark() {
-  if (state.theme) return state.theme === "dark";
-  return matchMedia("(prefers-color-scheme: dark)").matches;
-}
+function isDark() { return document.documentElement.dataset.theme === "dark"; }
 
 // What the style sheet calls its colours, for canvases.
 function inks() {

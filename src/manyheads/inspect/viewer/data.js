@@ -3,9 +3,8 @@
 const meta = JSON.parse(document.getElementById("data").textContent);
 
 async function bytesOf(blob) {
-  const text = atob(document.getElementById(`blob-${blob}`).textContent);
-  const packed = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
+  const text = document.getElementById(`blob-${blob}`).textContent;
+  const packed = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
@@ -46,6 +45,15 @@ class HeadMap {
 
   value(r, c) { return this.top * (this.codes[r * this.width + c] / this.levels) ** 2; }
 
+  // Where colours end: 99 of a hundred cells that have mass have less. The first queries of a causal
+  // head, which have little choice, would leave no colour to the others.
+  get bright() {
+    if (this.kept !== undefined) return this.kept;
+    const codes = this.codes.filter((code) => code > 0).sort();
+    const code = codes.length < 400 ? this.levels : codes[Math.floor(0.99 * (codes.length - 1))];
+    return (this.kept = this.top * (code / this.levels) ** 2);
+  }
+
   // How far value() may be off, by rounding alone.
   error(r, c) { return (this.top * (this.codes[r * this.width + c] + 0.25)) / this.levels ** 2; }
 
@@ -56,8 +64,15 @@ class HeadMap {
   }
 
   // 0 to 1: where a cell stands on the square-root scale that ends at `top`.
-  share(r, c, top) {
-    return top ? (this.codes[r * this.width + c] / this.levels) * Math.sqrt(this.top / top) : 0;
+  share(r, c, top) { return this.codes[r * this.width + c] * this.scale(top); }
+
+  scale(top) { return top ? Math.sqrt(this.top / top) / this.levels : 0; }
+
+  // The same of all cells, row by row.
+  shares(top) {
+    const scale = this.scale(top), shares = new Float32Array(this.codes.length);
+    for (let i = 0; i < shares.length; i++) shares[i] = this.codes[i] * scale;
+    return shares;
   }
 }
 
@@ -71,6 +86,8 @@ class DifferenceMap {
       for (let c = 0; c < this.width; c++) this.top = Math.max(this.top, Math.abs(this.value(r, c)));
     }
   }
+
+  get bright() { return this.top; }
 
   static fits(first, second) { return first && second && first.height === second.height && first.width === second.width; }
 
@@ -86,6 +103,12 @@ class DifferenceMap {
   share(r, c, top) {
     const value = this.value(r, c);
     return top ? 0.5 + 0.5 * Math.sign(value) * Math.sqrt(Math.min(1, Math.abs(value) / top)) : 0.5;
+  }
+
+  shares(top) {
+    const shares = new Float32Array(this.height * this.width);
+    for (let i = 0; i < shares.length; i++) shares[i] = this.share(Math.floor(i / this.width), i % this.width, top);
+    return shares;
   }
 }
 
@@ -108,7 +131,9 @@ class Strip {
     return code ? this.low[head] + ((code - 1) / this.levels) * (this.high[head] - this.low[head]) : NaN;
   }
 
-  // The mean over the layer's heads.
+  // The mean over the layer's heads, of every bin.
+  ofLayer() { return (this.kept ??= Float64Array.from({ length: this.bins }, (_, bin) => this.mean(bin))); }
+
   mean(bin) {
     let sum = 0, count = 0;
     for (let head = 0; head < this.heads; head++) {

@@ -26,8 +26,14 @@ function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "none";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e5 || size < 1e-4) return value.toExponential(2);
+  if (size >= 1e5 || size < 1e-4) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
+}
+
+// The same in few signs, for an axis.
+function short(value) {
+  const size = Math.abs(value);
+  return size > 0 && size < 1e-3 ? value.toExponential(0) : number(Number(value.toPrecision(3)));
 }
 
 // A number with how far rounding may have moved it, where that shows.
@@ -120,13 +126,14 @@ function ticks(low, high, count) {
 }
 
 // A legend of a ramp on the square-root scale (or a straight one), with ticks.
-function legend(kind, low, high, caption, root = true) {
+// more: values beyond its ends have the colours of the ends.
+function legend(kind, low, high, caption, { root = true, more = false } = {}) {
   const canvas = el("canvas", { class: "ramp", "aria-hidden": "true" });
   const context = sized(canvas, 160, 10);
   const colours = ramp(kind);
   for (let x = 0; x < 160; x++) paint(context, [{ rect: [x, 0, 1.5, 10], fill: colourAt(colours, x / 159) }]);
   const middle = kind === "difference" ? 0 : root ? low + (high - low) / 4 : (low + high) / 2;
-  const marks = [low, middle, high].map((value) => el("span", {}, number(value)));
+  const marks = [low, middle, high].map((value, i) => el("span", {}, more && i === 2 ? `≥ ${number(value)}` : more && !root && i === 0 ? `≤ ${number(value)}` : number(value)));
   const parts = [el("span", { class: "caption" }, caption), canvas, el("span", { class: "marks" }, ...marks)];
   return el("div", { class: "legend" }, ...parts);
 }

@@ -10,9 +10,9 @@ class HeadView {
     this.legendPlace = el("div", { class: "legends" });
     const previous = el("button", { type: "button", "aria-label": "Previous head", onclick: () => stepHead(0, -1) }, "←");
     const next = el("button", { type: "button", "aria-label": "Next head", onclick: () => stepHead(0, 1) }, "→");
-    const title = el("div", { class: "title" }, previous, el("h2", {}, `Layer ${state.layer}, head ${number}`), next, el("span", { class: "path" }, layer.name));
+    const title = el("div", { class: "title" }, previous, el("h2", {}, `Layer ${state.layer}, head ${number}`), next, el("span", { class: "path" }, layer.name), this.legendPlace);
     const charts = el("div", { class: "strips" });
-    this.element = el("div", { class: "headview" }, title, this.legendPlace, this.mapsPlace, charts);
+    this.element = el("div", { class: "headview" }, title, this.mapsPlace, charts);
     for (const strip of layer.strips) charts.append(this.chart(strip));
   }
 
@@ -40,8 +40,9 @@ class HeadView {
       this.difference(sources);
     } else {
       this.maps = this.inputs.map((input, i) => this.map(input, sources[i], details[i]));
-      const top = Math.max(...this.maps.map((map) => map.top));
-      this.legendPlace.replaceChildren(legend("map", 0, top, `mass on a cell's keys, of 1${sources[0][0].label.startsWith("pooled") ? "" : ` (${sources[0][0].label})`}`));
+      const top = Math.max(...this.maps.map((map) => map.bright));
+      for (const map of this.maps) map.top = top;
+      this.legendPlace.replaceChildren(legend("map", 0, top, `mass on a cell's keys, of 1${sources[0][0].label.startsWith("pooled") ? "" : ` (${sources[0][0].label})`}`, { more: this.maps.some((map) => map.most > top) }));
     }
     this.mapsPlace.append(...this.maps.map((map) => map.element));
   }

@@ -138,12 +138,11 @@ function tintByStrip(reader, strips, value, whose) {
     const values = fitting.map((strip) => value(strip, bin)).filter((one) => !Number.isNaN(one));
     return values.length ? values.reduce((a, b) => a + b, 0) / values.length : NaN;
   });
-  const known = means.filter((mean) => !Number.isNaN(mean));
-  const low = known.reduce((a, b) => Math.min(a, b), Infinity), high = known.reduce((a, b) => Math.max(a, b), -Infinity);
+  const { low, high } = middle(means);
   const tints = (token) => {
     const at = axis === "query" ? reader.input.rowOf(token) : token;
     const bin = at < 0 ? -1 : cellOf(edges, at);
-    return bin < 0 || Number.isNaN(means[bin]) || high <= low ? 0 : (means[bin] - low) / (high - low);
+    return bin < 0 || Number.isNaN(means[bin]) || high <= low ? 0 : Math.max(0, Math.min(1, (means[bin] - low) / (high - low)));
   };
   return reader.tint(tints, `Tint: ${label}, ${number(low)} to ${number(high)}${unit ? ` ${unit}` : ""} (${whose}).`);
 }
@@ -259,7 +258,7 @@ function buildBar() {
   byId("measures").hidden = !labels.size;
   choices(byId("measure"), [...labels], state.measure, (measure) => go({ measure }));
   choices(byId("palette"), PALETTES, state.palette, (palette) => go({ palette }));
-  choices(byId("scale"), [["head", "each head's own"], ["all", "one for all heads"]], state.scale, (scale) => go({ scale }));
+  choices(byId("scale"), [["head", "per head"], ["all", "shared"]], state.scale, (scale) => go({ scale }));
   if (inputs.length > 1) {
     state.mode = "both";
     byId("modes").hidden = false;
@@ -288,7 +287,7 @@ function buildBar() {
 }
 
 function themed() {
-  const dark = isDark();
+  const dark = state.theme ? state.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   document.documentElement.dataset.theme = dark ? "dark" : "light";
   byId("theme").setAttribute("aria-label", dark ? "Light theme" : "Dark theme");
   byId("theme").textContent = dark ? "☀" : "☾";
@@ -314,9 +313,9 @@ function onKey(event) {
 }
 
 async function start() {
-  buildBar();
   themed();
   await Promise.all(inputs.map((input) => input.load()));
+  buildBar();
   recall();
   buildReaders();
   render();

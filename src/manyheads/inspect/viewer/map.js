@@ -21,6 +21,7 @@ class MapView {
     this.pointers = new Map();
     this.images = new Map();
     this.window = this.whole();
+    this.top = this.bright;
     this.cross = null;
     for (const name of ["pointerdown", "pointermove", "pointerup", "pointercancel", "pointerleave", "wheel", "keydown", "dblclick"]) {
       this.canvas.addEventListener(name, (event) => this[name](event), { passive: false });
@@ -34,7 +35,10 @@ class MapView {
     return { q0: map.rows[0], q1: map.rows[map.height], k0: map.columns[0], k1: map.columns[map.width] };
   }
 
-  get top() { return Math.max(...this.maps.map((map) => map.top)); }
+  // Where colours end, at first; several maps side by side are given one end.
+  get bright() { return this.maps[0].bright; }
+
+  get most() { return Math.max(...this.maps.map((map) => map.top)); }
 
   stop() { this.resize.disconnect(); }
 
@@ -105,11 +109,12 @@ class MapView {
       const w = x(map.columns[map.width]) - left, h = y(map.rows[map.height]) - top;
       return [{ image: this.picture(map), x: left, y: top, w, h, clip, alpha, smooth: w < map.width }];
     }
-    const items = [], colours = ramp(this.difference ? "difference" : "map");
+    // Rectangles that meet between pixels would leave a line of paper.
+    const items = [], colours = ramp(this.difference ? "difference" : "map"), seam = alpha < 1 ? 0 : 0.6;
     for (let r = r0; r < r1; r++) {
       for (let c = c0; c < c1; c++) {
         const left = x(map.columns[c]), top = y(map.rows[r]);
-        const rect = [left, top, x(map.columns[c + 1]) - left + 0.6, y(map.rows[r + 1]) - top + 0.6];
+        const rect = [left, top, x(map.columns[c + 1]) - left + seam, y(map.rows[r + 1]) - top + seam];
         items.push({ rect, fill: colourAt(colours, map.share(r, c, this.top)), clip, alpha });
       }
     }
@@ -130,7 +135,7 @@ class MapView {
     for (let row = Math.max(0, Math.floor(q0)); row < Math.min(this.detail.queries, Math.ceil(q1)); row++) {
       for (const { index, weight } of this.detail.ofRow(row)) {
         const rect = [x(index), y(row), Math.max(1.5, x(index + 1) - x(index)), Math.max(1.5, y(row + 1) - y(row))];
-        items.push({ rect, fill: colourAt(colours, Math.sqrt(weight / Math.max(this.top, weight))), clip });
+        items.push({ rect, fill: colourAt(colours, Math.sqrt(weight / this.top)), clip });
       }
     }
     return items;
@@ -175,11 +180,10 @@ class MapView {
     if (this.singles()) {
       return `Single tokens: weights of each query's ${this.detail.k} heaviest keys. Behind them, faint, the pooled map.`;
     }
-    const height = span(map.rows), width = span(map.columns);
-    if (height === "1" && width === "1") return "A cell is one query and one key: the weight itself.";
+    if (span(map.rows) === "1" && span(map.columns) === "1") return "A cell is one query and one key: the weight itself.";
     const more = this.detail ? " Zoom in for single tokens." : this.difference ? "" : ` ${advice(this.layer, this.head)}`;
     const view = this.zoomed() ? ` In view: queries ${Math.floor(q0)}–${Math.ceil(q1) - 1}, keys ${Math.floor(k0)}–${Math.ceil(k1) - 1}.` : "";
-    return `A cell is ${height} queries × ${width} keys: what a query of it puts on its keys, together, as a mean.${view}${more}`;
+    return `A cell is ${counted(map.rows, "query", "queries")} and ${counted(map.columns, "key", "keys")}: what its queries put on its keys together, as a mean.${view}${more}`;
   }
 
   // ---- moving ------------------------------------------------------------------------------------
@@ -319,13 +323,10 @@ class MapView {
 function cells(map, colours, top) {
   const canvas = el("canvas", { width: map.width, height: map.height });
   const context = canvas.getContext("2d");
-  const image = context.createImageData(map.width, map.height);
-  for (let r = 0, at = 0; r < map.height; r++) {
-    for (let c = 0; c < map.width; c++, at += 4) {
-      const from = 3 * Math.round(255 * Math.max(0, Math.min(1, map.share(r, c, top))));
-      [image.data[at], image.data[at + 1], image.data[at + 2], image.data[at + 3]] = [colours[from], colours[from + 1], colours[from + 2], 255];
-    }
-  }
+  const image = context.createImageData(map.width, map.height), pixels = new Uint32Array(image.data.buffer);
+  const packed = Uint32Array.from({ length: 256 }, (_, i) => 0xff000000 + colours[3 * i] + colours[3 * i + 1] * 256 + colours[3 * i + 2] * 65536);
+  const shares = map.shares(top);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = packed[Math.min(255, (255 * shares[i] + 0.5) | 0)];
   context.putImageData(image, 0, 0);
   return canvas;
 }
@@ -338,6 +339,12 @@ function span(edges) {
     most = Math.max(most, edges[i + 1] - edges[i]);
   }
   return least === most ? whole(least) : `${whole(least)}–${whole(most)}`;
+}
+
+// The same with its noun.
+function counted(edges, one, many) {
+  const count = span(edges);
+  return count === "1" ? `one ${one}` : `${count} ${many}`;
 }
 
 // How to get the single tokens that this page does not keep.

@@ -6,7 +6,7 @@ class Overview {
     const [first] = shownInputs, label = state.measure;
     this.pictures = new Map();
     this.reach = label ? reach(label) : null;
-    this.top = Math.max(...inputs.flatMap((input) => input.layers.flatMap((layer) => layer.maps.map(([map]) => map?.top ?? 0))));
+    this.top = Math.max(...inputs.flatMap((input) => input.layers.flatMap((layer) => layer.maps.map(([map]) => map?.bright ?? 0))));
     this.element = el("div", { class: "overview" }, this.head(first));
     this.grid = el("div", { class: "grid", role: "group", "aria-label": "Heads. Arrow keys move between them, Enter opens one." });
     this.watch = new IntersectionObserver((seen) => {
@@ -21,15 +21,15 @@ class Overview {
   head(input) {
     const heads = input.layers.reduce((sum, layer) => sum + layer.heads.length, 0);
     const map = input.layers[0].maps[0][0];
-    const size = map ? ` A pixel of a picture is ${span(map.rows)} queries (down) × ${span(map.columns)} keys (across): ${map.label}.` : "";
+    const size = map ? ` A pixel of a picture is ${counted(map.rows, "query", "queries")}, down, and ${counted(map.columns, "key", "keys")}, across: ${map.label}.` : "";
     const text = `${whole(heads)} heads in ${whole(input.layers.length)} layers over ${whole(input.queries)} queries and ${whole(input.keys)} keys.${size}`;
     const legends = el("div", { class: "legends" });
     if (map && state.mode === "difference") legends.append(legend("difference", -1, 1, "B more · A more, of each head's largest"));
-    else if (map && state.scale === "all") legends.append(legend("map", 0, this.top, "mass, same scale for all heads"));
-    else if (map) legends.append(legend("map", 0, 1, "mass, of each head's largest"));
+    else if (map && state.scale === "all") legends.append(legend("map", 0, this.top, "mass, same scale for all heads", { more: true }));
+    else if (map) legends.append(legend("map", 0, 1, "mass, of the head's brightest"));
     if (this.reach) {
       const { unit } = input.layers.flatMap((layer) => layer.strips).find((strip) => strip.label === state.measure);
-      legends.append(legend("strip", this.reach.low, this.reach.high, `${state.measure}${unit ? `, ${unit}` : ""}: mean of a layer's heads`, false));
+      legends.append(legend("strip", this.reach.low, this.reach.high, `${state.measure}${unit ? `, ${unit}` : ""}, of a layer`, { root: false, more: true }));
     }
     const note = state.mode === "difference" && inputs[0].keys !== inputs[1].keys ? " Lengths differ: places are compared as shares of each text." : "";
     return el("div", { class: "lead" }, el("p", {}, text + note), legends);
@@ -67,7 +67,7 @@ class Overview {
       const at = place(event), bin = cellOf(strip.edges, at);
       const token = strip.axis === "key" ? at : input.tokenOf(at);
       const text = strip.axis === "key" ? input.keyTokens : input.queryTokens ?? input.keyTokens;
-      showTip(event, [`layer ${index}${inputs.length > 1 ? `, ${input.name}` : ""}: ${strip.label}`, `${tokensOf(strip, bin)}  ${named(text[token])}`, `${number(strip.mean(bin))} ${strip.unit}, mean of ${strip.heads} heads`]);
+      showTip(event, [`layer ${index}${inputs.length > 1 ? `, ${input.name}` : ""}: ${strip.label}`, `${tokensOf(strip, bin)}  ${named(text[token])}`, `${number(strip.ofLayer()[bin])} ${strip.unit}, mean of ${strip.heads} heads`]);
       markText(input, strip.axis, at, "cursor");
     });
     canvas.addEventListener("pointerleave", () => { hideTip(); markText(input, strip.axis, -1); });
@@ -80,7 +80,7 @@ class Overview {
       const width = canvas.parentElement.querySelector(".heads").clientWidth;
       if (!width) continue;
       canvas.picture ??= band(canvas.strip, this.reach);
-      paint(sized(canvas, width, 9), [{ image: canvas.picture, x: 0, y: 0, w: width, h: 9, smooth: canvas.strip.bins > width }]);
+      paint(sized(canvas, width, 7), [{ image: canvas.picture, x: 0, y: 0, w: width, h: 7, smooth: canvas.strip.bins > width }]);
     }
   }
 
@@ -99,7 +99,7 @@ class Overview {
       return [cells(map, ramp("difference"), map.top)];
     }
     const top = state.scale === "all" ? this.top : null;
-    return maps.map((map, i) => (map ? cells(map, ramp("map"), top ?? map.top) : this.bars(chosenInputs()[i].layers[layer], head)));
+    return maps.map((map, i) => (map ? cells(map, ramp("map"), top ?? map.bright) : this.bars(chosenInputs()[i].layers[layer], head)));
   }
 
   // Without a map: the measure along the text, as a band.
@@ -138,7 +138,7 @@ class Overview {
   async colourText() {
     for (const reader of readers) {
       const strips = reader.input.layers.flatMap((layer) => layer.strips.filter((one) => one.label === state.measure));
-      tintByStrip(reader, strips, (strip, bin) => strip.mean(bin), "mean of all heads");
+      tintByStrip(reader, strips, (strip, bin) => strip.ofLayer()[bin], "mean of all heads");
     }
   }
 

@@ -1,19 +1,17 @@
 // Measures along the text: a band of colour for a layer, a chart for a head.
 
-// The least and largest mean of a measure over all layers and inputs, so that bands can be compared.
+// Between which values most of the numbers lie: the 2nd and 98th of a hundred.
+function middle(values) {
+  const known = Float64Array.from(values).filter((value) => !Number.isNaN(value)).sort();
+  if (!known.length) return { low: 0, high: 1 };
+  const at = (share) => known[Math.round(share * (known.length - 1))];
+  return { low: at(0.02), high: at(0.98) };
+}
+
+// The same of a measure over all layers and inputs, so that bands can be compared.
 function reach(label) {
-  let low = Infinity, high = -Infinity;
-  for (const input of inputs) {
-    for (const layer of input.layers) {
-      const strip = layer.strips.find((one) => one.label === label);
-      for (let bin = 0; strip && bin < strip.bins; bin++) {
-        const value = strip.mean(bin);
-        if (Number.isNaN(value)) continue;
-        [low, high] = [Math.min(low, value), Math.max(high, value)];
-      }
-    }
-  }
-  return low <= high ? { low, high } : { low: 0, high: 1 };
+  const strips = inputs.flatMap((input) => input.layers.flatMap((layer) => layer.strips.filter((one) => one.label === label)));
+  return middle(strips.flatMap((strip) => Array.from(strip.ofLayer())));
 }
 
 // A layer's measure, a mean over its heads, as a band: one pixel a bin.
@@ -22,9 +20,9 @@ function band(strip, { low, high }) {
   const context = canvas.getContext("2d"), image = context.createImageData(strip.bins, 1);
   const colours = ramp("strip");
   for (let bin = 0; bin < strip.bins; bin++) {
-    const value = strip.mean(bin);
+    const value = strip.ofLayer()[bin];
     if (Number.isNaN(value)) continue;
-    const from = 3 * Math.round(255 * (high > low ? (value - low) / (high - low) : 0));
+    const from = 3 * Math.round(255 * (high > low ? Math.max(0, Math.min(1, (value - low) / (high - low))) : 0));
     image.data.set([colours[from], colours[from + 1], colours[from + 2], 255], 4 * bin);
   }
   context.putImageData(image, 0, 0);
@@ -75,8 +73,8 @@ class StripChart {
     const high = Math.max(...this.series.map(({ strip, head }) => strip.high[head]));
     const y = (value) => top + h - (high > low ? (value - low) / (high - low) : 0.5) * h;
     items.push({ path: [[left, top + h + 0.5], [left + w, top + h + 0.5]], stroke: ink.line });
-    items.push({ text: number(high), x: left - 5, y: top + 4, fill: ink.soft, align: "right", size: 10 });
-    if (high > low) items.push({ text: number(low), x: left - 5, y: top + h - 3, fill: ink.soft, align: "right", size: 10 });
+    items.push({ text: short(high), x: left - 5, y: top + 4, fill: ink.soft, align: "right", size: 10 });
+    if (high > low) items.push({ text: short(low), x: left - 5, y: top + h - 3, fill: ink.soft, align: "right", size: 10 });
     this.series.forEach(({ strip, head }, i) => {
       const stroke = i ? ink.second : ink.accent, x = (edge) => left + (edge / this.length(strip)) * w;
       items.push(...lines(strip, head, x, y, w, stroke, this.series.length > 1 ? 0 : y(low)));

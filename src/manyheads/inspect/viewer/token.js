@@ -59,7 +59,7 @@ class TokenView {
     } else if (found.single) {
       parts.push(el("p", { class: "note" }, `${whole(found.entries.length)} queries have it among their ${layer.k} heaviest keys${found.entries.length > 50 ? "; the first 50 are listed" : ""}.`));
     } else {
-      parts.push(el("p", { class: "message" }, `Shown from the pooled map. ${advice(layer, state.head)}`), this.cellTable(found.cells.slice(0, 12)));
+      parts.push(el("p", { class: "message" }, `Pooled: this head's map is known, its single tokens are not. ${advice(layer, state.head)}`), this.cellTable(found.cells.slice(0, 12)));
     }
     return parts;
   }
@@ -70,13 +70,13 @@ class TokenView {
     const rows = entries.map(({ index, weight, error }) => {
       const token = to ? index : input.tokenOf(index);
       const near = (from, end) => text.slice(Math.max(0, from), Math.max(0, end)).map((one) => shown(one)).join("");
-      const bar = el("span", { class: "bar" });
-      bar.style.width = `${(100 * weight) / most}%`;
+      const meter = el("span", { class: "meter" });
+      meter.style.width = `${(100 * weight) / most}%`;
       const context = el("td", { class: "context" },
         el("bdi", { class: "soft" }, near(token - 4, token)), el("bdi", { class: "word" }, shown(text[token])), el("bdi", { class: "soft" }, near(token + 1, token + 4)));
       const distance = to ? input.position(state.row) - index : input.position(index) - input.tokenOf(state.row);
       const row = el("tr", { tabindex: "0", onclick: () => scrollText(input, this.side(), index), onkeydown: (event) => event.key === "Enter" && scrollText(input, this.side(), index) },
-        el("td", { class: "weight" }, bar, el("span", {}, bounded(weight, error))), context, el("td", { class: "n" }, whole(token)), el("td", { class: "n" }, input.queryTokens ? "" : whole(distance)));
+        el("td", { class: "weight" }, meter, el("span", {}, bounded(weight, error))), context, el("td", { class: "n" }, whole(token)), el("td", { class: "n" }, input.queryTokens ? "" : whole(distance)));
       return row;
     });
     const head = ["weight, of 1", to ? "key, among its neighbours" : "query, among its neighbours", "place", input.queryTokens ? "" : "tokens back"];
@@ -93,6 +93,7 @@ class TokenView {
   items() {
     const width = Math.max(160, this.element.clientWidth), height = 34, ink = inks(), colours = ramp("map"), count = this.count();
     const items = [{ rect: [0, 12, width, 14], fill: colourAt(colours, 0) }];
+    items.push({ rect: [0.5, 12.5, width - 1, 13], stroke: ink.line });
     const x = (index) => (index / count) * width;
     const most = Math.max(...this.found.cells.map(({ mass }) => mass), 1e-9);
     for (const { first, last, mass } of this.found.cells) {
