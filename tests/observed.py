@@ -1,48 +1,10 @@
-"""What `observe` hands to the page, made without a model: measured calls, and plausible large ones."""
+"""What `observe` hands to the page, without a model: measured calls, plausible large ones, text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor
 
 import manyheads as mh
-
-
-@dataclass(frozen=True)
-class Record:
-    """One attention call: its answers by measure."""
-
-    layer: str
-    step: int
-    heads: tuple[int, ...]
-    query_length: int
-    key_length: int
-    positions: Tensor
-    answers: dict[mh.Measure, Any]
-
-    @property
-    def measures(self) -> tuple[mh.Measure, ...]:
-        return tuple(self.answers)
-
-    def __getitem__(self, measure: mh.Measure) -> Any:
-        return self.answers[measure]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Records of each layer, by name."""
-
-    records: dict[str, tuple[Record, ...]]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(self.records)
-
-    def __getitem__(self, layer: str) -> tuple[Record, ...]:
-        return self.records[layer]
 
 
 def measured(
@@ -54,31 +16,28 @@ def measured(
     steps: int = 0,
     causal: bool = True,
     seed: int = 0,
-) -> Seen:
+) -> mh.Seen:
     """Random queries and keys, measured; `steps` more calls of one token each, as in generating."""
     torch.manual_seed(seed)
-    records = {}
+    records = []
     q_len, k_len = lengths
     for layer in range(layers):
         key = torch.randn(batch, heads, k_len + steps, 5) * 2
         query = torch.randn(batch, heads, q_len + steps, 5)
         calls = [(0, q_len, k_len)]
         calls += [(q_len + step, 1, k_len + step + 1) for step in range(steps)]
-        of_layer = []
         for step, (begin, rows, keys) in enumerate(calls):
             mask = mh.Causal() if causal else None
             call = query[:, :, begin : begin + rows], key[:, :, :keys]
-            answers = dict(zip(measures, mh.measure(*call, measures, mask=mask), strict=True))
+            answers = mh.measure(*call, measures, mask=mask)
             positions = torch.arange(rows)[None] + keys - rows
             numbers = tuple(range(heads))
-            of_layer.append(
-                Record(f"layers.{layer}.attn", step, numbers, rows, keys, positions, answers)
-            )
-        records[f"layers.{layer}.attn"] = tuple(of_layer)
-    return Seen(records)
+            name = f"layers.{layer}.attn"
+            records.append(mh.Record(name, step, numbers, rows, keys, positions, measures, answers))
+    return mh.Seen(records)
 
 
-def plausible(length: int, layers: int, heads: int, cells: int = 128, k: int = 8) -> Seen:
+def plausible(length: int, layers: int, heads: int, cells: int = 128, k: int = 8) -> mh.Seen:
     """Answers as they might be for a text too long for a test's patience: some heads look at the
     token before, some at the first keys, some near by, some far."""
     generator = torch.Generator().manual_seed(7)
@@ -87,7 +46,7 @@ def plausible(length: int, layers: int, heads: int, cells: int = 128, k: int = 8
     edge = (torch.arange(cells) + 0.5) / cells
     ahead = edge[:, None] - edge[None, :]
     causal = ahead >= -0.5 / cells
-    records = {}
+    records = []
     for layer in range(layers):
         kind = (torch.arange(heads) * 7 + layer * 5) % 11
         width = (kind.float() / 11).square() * 0.6 + 0.004
@@ -105,7 +64,9 @@ def plausible(length: int, layers: int, heads: int, cells: int = 128, k: int = 8
         entropy = (2 + kind[:, None] / 3 + 0.6 * walk + 0.4 * jitter).clamp(min=0)
         entropy = torch.minimum(entropy, torch.log(place + 1.0))
         distance = (width[:, None] * place * (0.4 + jitter)).clamp(max=length)
-        reach = (jitter[..., None] * (torch.arange(k) * width[:, None, None] * length / 4 + 1)).long()
+        reach = (
+            jitter[..., None] * (torch.arange(k) * width[:, None, None] * length / 4 + 1)
+        ).long()
         keys = place[:, None] - torch.arange(k) - reach
         keys[..., 0] = torch.where((sink[:, 0] > 0.4), 0, keys[..., 0])
         keys = torch.where(keys < 0, -1, keys)
@@ -119,9 +80,9 @@ def plausible(length: int, layers: int, heads: int, cells: int = 128, k: int = 8
         }
         name = f"model.layers.{layer}.self_attn"
         numbers = tuple(range(heads))
-        record = Record(name, 0, numbers, length, length, place[None], answers)
-        records[name] = (record,)
-    return Seen(records)
+        questions, found = tuple(answers), tuple(answers.values())
+        records.append(mh.Record(name, 0, numbers, length, length, place[None], questions, found))
+    return mh.Seen(records)
 
 
 def words(count: int) -> list[str]:

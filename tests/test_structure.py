@@ -34,16 +34,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"_autograd", "_ops", "definition", "dropout", "spec"},
     "dispatch": {"backends", "spec"},
     "jagged": {"masks"},
-    "functional": {"dispatch", "jagged", "masks", "positions", "caches", "spec", "arguments"},
+    "watching": {"spec"},
+    "parts": {"spec"},
+    "functional": {
+        *("dispatch", "jagged", "masks", "positions", "caches", "spec", "arguments"),
+        "watching",
+    },
     "weights": {"arguments"},
     "projection": {"_ops"},
     "module": {
         *("functional", "masks", "positions", "rotary", "caches", "projection"),
         *("jagged", "spec", "weights", "arguments"),
     },
-    "inspect": {"functional", "definition", "masks", "positions", "spec", "arguments"},
+    "inspect": {
+        *("functional", "definition", "masks", "positions", "spec", "arguments"),
+        *("integrations", "module", "parts", "watching"),
+    },
     "environment": {"_ops"},
-    "integrations": {"functional", "masks", "positions", "spec", "arguments"},
+    "integrations": {
+        *("functional", "masks", "positions", "spec", "arguments"),
+        *("definition", "parts", "watching"),
+    },
 }  # fmt: skip
 #: What stands on top of the public interface; nothing may import these but each other.
 ON_TOP = {"benchmark", "cli", "commands", "demo_models"}
@@ -266,13 +277,16 @@ PUBLIC_NAMES = [
     "MissingDependencyError",
     "MultiHeadAttention",
     "NTKScaling",
+    "NotRecordedError",
     "OffsetMass",
     "Page",
     "Predicate",
     "QueryRows",
     "Received",
+    "Record",
     "RelativeBias",
     "Rotary",
+    "Seen",
     "ShapeError",
     "StrictError",
     "TopKeys",
@@ -283,5 +297,6 @@ PUBLIC_NAMES = [
     "explain",
     "info",
     "measure",
+    "observe",
     "view",
 ]

@@ -36,6 +36,12 @@ class StrictError(BackendError):
     """`strict=True` was given and the call would have used memory that grows with Lq * Lk."""
 
 
+class NotRecordedError(ManyHeadsError, KeyError):
+    """A layer or measure was looked up that was not observed."""
+
+    __str__ = Exception.__str__  # KeyError's would quote the message
+
+
 class MissingDependencyError(ManyHeadsError, ImportError):
     """An optional package is needed for this feature and is not installed."""
 

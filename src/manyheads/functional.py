@@ -35,6 +35,7 @@ from manyheads.spec import (
     PerBatch,
     dense_memory,
 )
+from manyheads.watching import watchers
 
 
 @overload
@@ -164,11 +165,15 @@ def attention(
             f"strict=True: got {note}; expected memory that does not grow with Lq * Lk; give "
             "strict=False, or make the mask yourself as a bool tensor"
         )
-    if torch.compiler.is_compiling() or (backend is not None and not isinstance(backend, str)):
+    compiling = torch.compiler.is_compiling()
+    if compiling or (backend is not None and not isinstance(backend, str)):
         chosen = dispatch.select(AttentionSpec(*fields), backend, strict)
     else:
         chosen = dispatch.select_cached(fields, backend, strict)
     out, lse = chosen.run(call)
+    if not compiling:
+        for watch in watchers():
+            watch(call)
     if unbatched:
         out, lse = out.squeeze(0), None if lse is None else lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -16,7 +16,9 @@ from .measures import (
     TopKeys,
     WeightRows,
 )
+from .observe import Observer, observe
 from .page import Page, view
+from .records import Record, Seen
 
 __all__ = [
     "Entropy",
@@ -27,12 +29,16 @@ __all__ = [
     "MaxLogit",
     "MeanDistance",
     "Measure",
+    "Observer",
     "OffsetMass",
     "Page",
     "Received",
+    "Record",
+    "Seen",
     "Top",
     "TopKeys",
     "WeightRows",
     "measure",
+    "observe",
     "view",
 ]

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from manyheads.inspect.sheets import (
     Floats,
@@ -78,7 +77,7 @@ class Packed:
         self.blobs.append(base64.b64encode(zlib.compress(content, 6)).decode())
         return len(self.blobs) - 1
 
-    def numbers(self, values: npt.NDArray[Any], bits: int) -> Reference:
+    def numbers(self, values: np.ndarray[Any, Any], bits: int) -> Reference:
         """Unsigned integers below 2^bits."""
         planes = [(values >> shift & 255).astype(np.uint8).tobytes() for shift in range(0, bits, 8)]
         return {"blob": self.bytes(b"".join(planes)), "bits": bits, "shape": list(values.shape)}
@@ -176,7 +175,8 @@ def _strip(packed: Packed, strip: Strip, fidelity: Fidelity) -> Reference:
     }
 
 
-def _root(values: Floats, top: Any, bits: int) -> npt.NDArray[np.int64]:
+def _root(values: Floats, top: Any, bits: int) -> Integers:
     levels = (1 << bits) - 1
     share = np.clip(np.nan_to_num(values), 0, None) / np.where(top > 0, top, 1)
-    return np.rint(np.sqrt(share) * levels).clip(0, levels).astype(np.int64)
+    codes: Integers = np.rint(np.sqrt(share) * levels).clip(0, levels).astype(np.int64)
+    return codes

@@ -28,7 +28,8 @@ from manyheads.inspect.packing import (
     sharpness,
     summaries,
 )
-from manyheads.inspect.sheets import Seen, Sheet, sheet_of
+from manyheads.inspect.records import Seen
+from manyheads.inspect.sheets import Sheet, sheet_of
 
 #: The viewer's scripts, in the order in which they are joined into one.
 SCRIPTS = (
@@ -113,10 +114,16 @@ def view(
 
     >>> import torch, manyheads as mh
     >>> model = mh.MultiHeadAttention(8, 2, mask=mh.Causal())
-    >>> with mh.observe(model, mh.HeatMap(), mh.TopKeys(3)) as seen:  # doctest: +SKIP
-    ...     out = model(torch.randn(1, 5, 8))
-    >>> mh.view(seen, ["a", " page", " of", " five", " tokens"]).save("page.html")  # doctest: +SKIP
+    >>> with mh.observe(model, mh.HeatMap(), mh.TopKeys(3), mh.Entropy()) as seen:
+    ...     _ = model(torch.randn(1, 5, 8))
+    >>> mh.view(seen, ["a", " page", " of", " five", " tokens"])
+    Page(0.1... MB; .save('page.html') writes it)
     """
+    if not isinstance(seen, Seen):
+        raise ArgumentTypeError(
+            f"seen is no record: got {type(seen).__name__}; expected the Seen of mh.observe(...); "
+            "call the model inside `with mh.observe(...) as seen:` and give that"
+        )
     sheets = [sheet_of(seen, tokens, key_tokens, batch)]
     if compare is not None:
         sheets.append(_other(sheets[0], compare, batch))
@@ -137,6 +144,11 @@ def _other(first: Sheet, compare: Any, batch: int) -> Sheet:
             "or (seen, tokens, key_tokens); give the other input's record and its tokens"
         )
     seen, tokens, *more = compare
+    if not isinstance(seen, Seen):
+        raise ArgumentTypeError(
+            f"compare's record is of the wrong type: got {type(seen).__name__}; expected the Seen "
+            "of mh.observe(...); give the other input's"
+        )
     other = sheet_of(seen, tokens, more[0] if more else None, batch)
     shapes = [[(layer.name, layer.heads) for layer in sheet.layers] for sheet in (first, other)]
     if shapes[0] != shapes[1]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from manyheads.arguments import whole_number
@@ -28,36 +27,16 @@ from manyheads.inspect.measures import (
     Received,
     TopKeys,
 )
+from manyheads.inspect.records import Record, Seen
 
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 #: What a page can show of a record, said in errors.
 SHOWN = "HeatMap, TopKeys, Entropy, MeanDistance, FirstKeysMass, OffsetMass, MaxLogit, LogSumExp"
 SHOWN += " or Received"
 #: Cells a side of a map that is made from heaviest keys, where no map was asked for.
 _CELLS_FROM_KEYS = 256
-
-
-class Record(Protocol):
-    """One attention call of one layer, as `observe` keeps it."""
-
-    heads: tuple[int, ...]
-    query_length: int
-    key_length: int
-    positions: Tensor  # int64 [B|1, Lq]
-    measures: tuple[Measure, ...]
-
-    def __getitem__(self, measure: Measure, /) -> Any: ...
-
-
-class Seen(Protocol):
-    """What `observe` hands over: the records of each layer, by module path."""
-
-    @property
-    def layers(self) -> tuple[str, ...]: ...
-
-    def __getitem__(self, layer: str, /) -> tuple[Record, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,11 +335,12 @@ def _edges(view: tuple[int, int], cells: int) -> Integers:
     return begin - (-np.arange(count + 1, dtype=np.int64) * (end - begin) // max(count, 1))
 
 
-def _shared(these: Integers, those: Integers) -> npt.NDArray[np.float64]:
+def _shared(these: Integers, those: Integers) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[these, those]: how many indices two cells have in common."""
     low = np.maximum(these[:-1, None], those[None, :-1])
     high = np.minimum(these[1:, None], those[None, 1:])
-    return np.clip(high - low, 0, None).astype(np.float64)
+    shared: np.ndarray[Any, np.dtype[np.float64]] = np.clip(high - low, 0, None).astype(float)
+    return shared
 
 
 def _summed(answers: list[Floats], keys: int) -> Floats:
@@ -379,6 +359,6 @@ def _of_batch(answer: Any, batch: int) -> Any:
     return _array(answer[batch])
 
 
-def _array(tensor: Tensor) -> npt.NDArray[Any]:
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
     values = tensor.detach().cpu()
     return (values.float() if values.dtype.is_floating_point else values).numpy()
