@@ -68,7 +68,7 @@ function svgOf({ items, width, height }) {
 function shapeOf(item, node) {
   if (item.image) {
     const { x, y, w, h, smooth } = item;
-    return node("image", { x, y, width: w, height: h, preserveAspectRatio: "none", href: item.image.toDataURL(), style: smooth ? undefined : "image-rendering:pixelated" });
+    return node("image", { x, y, width: w, height: h, preserveAspectRatio: "none", href: item.image.toDataURL(), "image-rendering": smooth ? undefined : "pixelated" });
   }
   if (item.rect) {
     const [x, y, w, h] = item.rect;
