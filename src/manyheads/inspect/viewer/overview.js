@@ -23,6 +23,8 @@ class Overview {
     const map = input.layers[0].maps[0][0];
     const size = map ? ` A pixel of a picture is ${counted(map.rows, "query", "queries")}, down, and ${counted(map.columns, "key", "keys")}, across: ${map.label}.` : "";
     const text = `${whole(heads)} heads in ${whole(input.layers.length)} layers over ${whole(input.queries)} queries and ${whole(input.keys)} keys.${size}`;
+    const kept = input.layers.reduce((sum, layer) => sum + Object.keys(layer.of.detail).length, 0);
+    const single = kept === heads ? " Single tokens are kept for all heads." : kept ? ` Single tokens are kept for ${whole(kept)} heads, marked •.` : "";
     const legends = el("div", { class: "legends" });
     if (map && state.mode === "difference") legends.append(legend("difference", -1, 1, "B more · A more, of each head's largest"));
     else if (map && state.scale === "all") legends.append(legend("map", 0, this.top, "mass, same scale for all heads", { more: true }));
@@ -32,14 +34,14 @@ class Overview {
       legends.append(legend("strip", this.reach.low, this.reach.high, `${state.measure}${unit ? `, ${unit}` : ""}, of a layer`, { root: false, more: true }));
     }
     const note = state.mode === "difference" && inputs[0].keys !== inputs[1].keys ? " Lengths differ: places are compared as shares of each text." : "";
-    return el("div", { class: "lead" }, el("p", {}, text + note), legends);
+    return el("div", { class: "lead" }, el("p", {}, text + (kept < heads || span(map?.rows ?? [0, 1]) !== "1" ? single : "") + note), legends);
   }
 
   row(layer, index, shownInputs) {
     const heads = el("div", { class: "heads" });
     layer.heads.forEach((head, place) => {
       const button = el("button", {
-        type: "button", class: "thumb", "data-layer": index, "data-head": place, tabindex: index || place ? "-1" : "0",
+        type: "button", class: layer.of.detail[place] ? "thumb detailed" : "thumb", "data-layer": index, "data-head": place, tabindex: index || place ? "-1" : "0",
         "aria-label": [`layer ${index}, head ${head}`, ...facts(layer, place)].join(", "),
         onclick: () => go({ view: "head", layer: index, head: place }),
         onpointermove: (event) => showTip(event, [`layer ${index}, head ${head}`, layer.name, ...facts(layer, place)]),
