@@ -657,8 +657,6 @@ def test_what_is_not_supported_says_so():
         huggingface.attention_forward(Causally(), x, x, x, block_mask)
     with pytest.raises(ArgumentError, match="paged cache"):
         huggingface.attention_forward(Causally(), x, x, x, None, cache=object())
-    with pytest.warns(UserWarning, match="output_attentions"):
-        huggingface.attention_forward(Causally(), x, x, x, None, output_attentions=True)
 
 
 # --- torch.compile -------------------------------------------------------------------------------

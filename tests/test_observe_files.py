@@ -91,13 +91,19 @@ def test_a_file_appears_whole_or_not_at_all(
     first, path = seen(mh.Entropy()), tmp_path / "seen"
     first.save(path)
 
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "other").unlink()
+
     def breaks(tensors: object, name: Path, metadata: object) -> None:
         Path(name).write_bytes(b"half of it")
-        raise OSError("no space left on device")
+        raise safetensors.SafetensorError("no space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", breaks)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match="seen could not be written: no space left"):
         seen(mh.Entropy()).save(path)
+    with pytest.raises(FileNotFoundError):
+        first.save(tmp_path / "no" / "folder")
     assert os.listdir(tmp_path) == ["seen"]
     assert_same(first, mh.Seen.load(path))
 

@@ -172,8 +172,8 @@ def test_a_compiled_forward_is_observed() -> None:
     options: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=4, do_sample=False)
     options["cache_implementation"] = "static"
     model = on(copy.deepcopy(decoder("llama")), "manyheads")
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     expected = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     with mh.observe(model, mh.Entropy()) as seen:
         assert torch.equal(model.generate(ids, **options), expected)
     assert [len(seen[layer]) for layer in seen.layers] == [4, 4]
@@ -257,6 +257,19 @@ def test_a_model_inside_a_module_is_found() -> None:
     layers = tuple(f"bert.encoder.layer.{n}.attention.self" for n in range(2))
     assert seen.layers == (*layers, "attend")
     assert seen["bert.encoder.layer.0"] == seen[layers[0]]
+
+
+def test_a_model_that_leaves_during_the_block_is_told_of_and_goes_back() -> None:
+    model, (ids, _) = on(bert(), "sdpa"), padded("none")
+    with torch.no_grad():
+        with (
+            pytest.warns(UserWarning, match="switched to eager attention.*not seen"),
+            mh.observe(model, mh.Entropy()) as seen,
+        ):
+            model(ids)
+            model.config._attn_implementation = "eager"
+            model(ids)
+        assert len(seen) == 2 and set(implementations(model)) == {"sdpa"}
 
 
 # --- what cannot be observed ----------------------------------------------------------------------

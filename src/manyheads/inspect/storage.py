@@ -60,8 +60,13 @@ def save(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
     target = Path(path)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
+        partial.touch()  # raises where nothing can be written, and has the mode that files get here
+        mode = partial.stat().st_mode
         safetensors.torch.save_file(copies, partial, metadata=metadata)
+        partial.chmod(mode)
         os.replace(partial, target)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{target} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

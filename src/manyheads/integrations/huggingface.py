@@ -8,7 +8,6 @@ in huggingface_masks.py.
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -16,7 +15,10 @@ from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError, MissingDependencyError
 from manyheads.functional import attention
+from manyheads.integrations.lazy import weights_of
 from manyheads.masks import Causal, Mask, Window
+from manyheads.spec import AttentionCall
+from manyheads.watching import watching
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
@@ -31,6 +33,11 @@ except ImportError as missing:
         f"manyheads.integrations.huggingface needs transformers 5.4 or later ({missing}). "
         "Install it with: pip install 'manyheads[huggingface]'"
     ) from missing
+
+try:  # Whether transformers collects attentions, which GPT-2 does not tell its layers.
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:
+    _collector = None
 
 
 def register(name: str = "manyheads") -> None:
@@ -65,7 +72,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls.
 
     query [B, Hq, Lq, D]; key [B, Hkv, Lk, D] and value [B, Hkv, Lk, Dv], not repeated; s_aux [Hq],
@@ -75,19 +82,14 @@ def attention_forward(
         is causal from the first key on if `is_causal`, or else `module.is_causal`, says so.
     sliding_window: used only where there is no mask; masks have it inside.
 
-    Returns: (out [B, Lq, Hq, Dv], None). The weights are never formed.
+    Returns: (out [B, Lq, Hq, Dv], weights), the weights [B, Hq, Lq, Lk] as `LazyWeights` (few of
+    them: as a plain tensor) if transformers wants any, else None.
     """
     if kwargs.get("cache") is not None:
         raise ArgumentError(
             "the attention function got a paged cache (continuous batching), which manyheads does "
             "not read. Expected: a dynamic or static cache. Use generate() instead of "
             "generate_batch()."
-        )
-    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
-        warnings.warn(
-            "manyheads never forms the attention weights, so output_attentions=True gives none. "
-            'Load the model with attn_implementation="eager" to see them.',
-            stacklevel=2,
         )
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -100,7 +102,8 @@ def attention_forward(
     )
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
-    out = attention(
+    attend = _attend_and_keep if _wants_weights(module, kwargs) else _attend
+    out, weights = attend(
         query,
         key,
         value,
@@ -112,7 +115,32 @@ def attention_forward(
         dropout_p=dropout,
         query_start=query_start,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _attend(*inputs: Tensor, **options: Any) -> tuple[Tensor, None]:
+    return attention(*inputs, **options), None
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="manyheads makes attention weights for output_attentions=True outside of the graph; "
+    "leave fullgraph=True or output_attentions=True out"
+)
+def _attend_and_keep(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    calls: list[AttentionCall] = []
+    with watching(calls.append):
+        out = attention(*inputs, **options)
+    return out, weights_of(calls[0])
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether someone will take the attention function's second result."""
+    if kwargs.get("output_attentions"):
+        return True
+    if _collector is None or (torch.compiler.is_compiling() and not module._forward_hooks):
+        return False  # a graph cannot hold `get`; the hook that collects asks the same
+    collected = _collector.get()
+    return collected is not None and any("attentions" in key for key in collected)
 
 
 def _read_mask(

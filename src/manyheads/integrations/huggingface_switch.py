@@ -8,6 +8,7 @@ one entry per config: whoever comes first notes what was there, whoever leaves l
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def on_manyheads(models: Iterable[PreTrainedModel]) -> Iterator[None]:
         for key, config in configs.items():
             held = _held.setdefault(key, _Held(config, config._attn_implementation))
             held.count += 1
+    switched: list[Any] = []
     try:
         with _lock:
             for model in models:
@@ -84,8 +86,10 @@ def on_manyheads(models: Iterable[PreTrainedModel]) -> Iterator[None]:
                         f"go through transformers' attention functions; expected a model that "
                         f'takes attn_implementation="{NAME}".'
                     )
+            switched = [c for c in configs.values() if c._attn_implementation == NAME]
         yield
     finally:
+        away = {str(c._attn_implementation) for c in switched} - {NAME}
         with _lock:
             for key in configs:
                 held = _held[key]
@@ -94,6 +98,13 @@ def on_manyheads(models: Iterable[PreTrainedModel]) -> Iterator[None]:
                     # The attribute behind the property, whose setter would overwrite sub-configs.
                     held.config._attn_implementation_internal = held.before
                     del _held[key]
+        if away:
+            warnings.warn(
+                f"the model was switched to {' and '.join(sorted(away))} attention while it was "
+                "observed (Whisper's return_token_timestamps does that): its calls from there on "
+                "were not seen.",
+                stacklevel=2,
+            )
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
