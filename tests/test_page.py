@@ -20,6 +20,7 @@ import torch
 from observed import HOSTILE, measured, plausible, words
 
 import manyheads as mh
+from manyheads import inspect
 from manyheads.inspect import page as pages
 from manyheads.inspect.sheets import Pooled
 
@@ -332,6 +333,24 @@ def test_colours_are_matplotlibs() -> None:
         assert written == (255 * colours).round().astype(np.uint8).tobytes().hex()
 
 
+# --- still pictures -------------------------------------------------------------------------------
+
+
+def test_still_pictures(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    seen = measured(mh.HeatMap(), lengths=(5, 7), layers=2, heads=3)
+    every, layer = inspect.plot(seen), inspect.plot(seen, 1)
+    one = inspect.plot(seen, "layers.1.attn", 2, tokens=words(7))
+    assert [len(figure.axes) for figure in (every, layer, one)] == [6, 3, 1]
+    (mesh,) = one.axes[0].collections
+    (record,) = seen["layers.1.attn"]
+    expected = record[mh.HeatMap()][0, 2].sqrt().numpy()
+    np.testing.assert_allclose(np.asarray(mesh.get_array()).reshape(5, 7), expected, atol=1e-6)
+    assert [label.get_text() for label in one.axes[0].get_yticklabels()] == words(7)[2:]
+    every.savefig(tmp_path / "all.png")
+    one.savefig(tmp_path / "one.svg")
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 SEEN = measured(mh.HeatMap(), mh.TopKeys(2), mh.Entropy(), lengths=(5, 5))
@@ -403,6 +422,15 @@ BAD = {
     "another model": (
         lambda: mh.view(SEEN, TEXT, compare=(TWO_HEADS, TEXT)),
         mh.ArgumentError, "heads [0, 1]", "the first record's 2 layers", "the same model",
+    ),
+    "a picture of no map": (
+        lambda: inspect.plot(NO_TOP), mh.ArgumentError, "without HeatMap", "one of them", "ask",
+    ),
+    "a picture of no layer": (
+        lambda: inspect.plot(SEEN, "x"), mh.ArgumentError, "got 'x'", "0 to 1", "choose",
+    ),
+    "a picture of no head": (
+        lambda: inspect.plot(SEEN, 0, 3), mh.ArgumentError, "head=3", "[0, 1, 2]", "name both",
     ),
     "too large": (
         lambda: mh.view(SEEN, TEXT, max_megabytes=0.05),

@@ -18,6 +18,7 @@ from .measures import (
 )
 from .observe import Observer, observe
 from .page import Page, view
+from .picture import plot
 from .records import Record, Seen
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "WeightRows",
     "measure",
     "observe",
+    "plot",
     "view",
 ]

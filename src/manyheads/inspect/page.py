@@ -47,8 +47,8 @@ SCRIPTS = (
 )
 #: Where nobody chose heads, their single tokens may take what is left beside this share for maps.
 _MAPS_SHARE = 0.7
-#: How much of itself deflate takes at best: what is larger than this many budgets is not tried.
-_DEFLATE = 12
+#: What is larger than this many budgets before it is deflated is not tried.
+_DEFLATE = 5
 
 HeadName = tuple[str | int, int]
 
@@ -237,17 +237,19 @@ def _too_large(packed: Packed, budget: int, heads: int) -> ArgumentError:
 
 
 def _worth_trying(sheets: list[Sheet], budget: int) -> list[Fidelity]:
-    def cells(fidelity: Fidelity) -> int:
+    def numbers(fidelity: Fidelity) -> int:
+        cells, bins = fidelity.cells, fidelity.bins
         return sum(
             len(layer.heads)
-            * min(len(one.rows), fidelity.cells)
-            * min(len(one.columns), fidelity.cells)
+            * (
+                sum(min(len(m.rows), cells) * min(len(m.columns), cells) for m in layer.maps)
+                + sum(min(strip.values.shape[1], bins) for strip in layer.strips)
+            )
             for sheet in sheets
             for layer in sheet.layers
-            for one in layer.maps
         )
 
-    tried = [f for f in FIDELITIES if cells(f) * f.bits // 8 <= _DEFLATE * max(budget, 1)]
+    tried = [f for f in FIDELITIES if numbers(f) * f.bits // 8 <= _DEFLATE * max(budget, 1)]
     return tried or [FIDELITIES[-1]]
 
 

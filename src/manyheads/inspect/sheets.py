@@ -156,6 +156,16 @@ def sheet_of(
     return Sheet(keys, tokens, positions, tuple(layers))
 
 
+def layers_of(seen: Seen, batch: int) -> list[Layer]:
+    """The layers alone, for what shows no text."""
+    passes = [(name, _passes(seen[name], batch, joined=False)) for name in seen.layers]
+    return [
+        _layer(name if len(runs) == 1 else f"{name}, call {number + 1}", records, batch)
+        for name, runs in passes
+        for number, records in enumerate(runs)
+    ]
+
+
 def text_of(tokens: Any, name: str) -> tuple[str, ...]:
     """`tokens` as strings, one for each token."""
     fix = "give one string per token, such as tokenizer.batch_decode([[t] for t in ids])"

@@ -131,6 +131,7 @@ function scrollText(input, axis, at) {
 
 // Tint a text by a measure: value(strip, bin), a mean over the strips.
 function tintByStrip(reader, strips, value, whose) {
+  tinted++; // what is still being read for a row comes too late
   const fitting = strips.filter((strip) => sides(reader, strip.axis));
   if (!fitting.length) return reader.tint(null, strips.length ? "" : "Hover or choose a token.");
   const [{ bins, edges, axis, label, unit }] = fitting;

@@ -144,12 +144,21 @@ class TextView {
       this.cursor = Math.max(0, Math.min(this.tokens.length - 1, this.cursor + step));
       this.mark([...[...this.marked].filter(([, kind]) => kind !== "cursor"), [this.cursor, "cursor"]]);
       this.scrollTo(this.cursor);
+      this.announce();
       this.on.hover(this.cursor);
     } else if (event.key === "Enter") {
       this.on.pick(this.cursor);
     } else return;
     event.preventDefault();
     event.stopPropagation();
+  }
+
+  // Tell a screen reader which token the arrow keys have reached.
+  announce() {
+    this.scroller.querySelector("[id]")?.removeAttribute("id");
+    const id = `cursor-${this.input.name}-${this.side}`;
+    this.span(this.cursor).id = id;
+    this.scroller.setAttribute("aria-activedescendant", id);
   }
 
   stop() { this.watch.disconnect(); }
