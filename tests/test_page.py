@@ -341,10 +341,10 @@ def test_still_pictures(tmp_path) -> None:
     seen = measured(mh.HeatMap(), lengths=(5, 7), layers=2, heads=3)
     every, layer = inspect.plot(seen), inspect.plot(seen, 1)
     one = inspect.plot(seen, "layers.1.attn", 2, tokens=words(7))
-    assert [len(figure.axes) for figure in (every, layer, one)] == [6, 3, 1]
+    assert [len(figure.axes) for figure in (every, layer, one)] == [6, 3, 2]  # a scale
     (mesh,) = one.axes[0].collections
     (record,) = seen["layers.1.attn"]
-    expected = record[mh.HeatMap()][0, 2].sqrt().numpy()
+    expected = record[mh.HeatMap()][0, 2].numpy()
     np.testing.assert_allclose(np.asarray(mesh.get_array()).reshape(5, 7), expected, atol=1e-6)
     assert [label.get_text() for label in one.axes[0].get_yticklabels()] == words(7)[2:]
     every.savefig(tmp_path / "all.png")

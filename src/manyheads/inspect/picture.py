@@ -55,6 +55,7 @@ def plot(
     2
     """
     try:
+        from matplotlib.colors import PowerNorm
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise MissingDependencyError(
@@ -81,8 +82,9 @@ def plot(
     grid = figure.subplots(len(chosen), len(places), squeeze=False)
     for row, one in zip(grid, chosen, strict=True):
         for axes, place in zip(row, places, strict=True):
-            _draw(axes, one, place)
+            drawn = _draw(axes, one, place, PowerNorm(0.5, vmin=0))
     if head is not None:
+        figure.colorbar(drawn, ax=grid[0, 0], label="mass on a cell's keys", shrink=0.7)
         _write(grid[0, 0], chosen[0].maps[0], tokens, key_tokens)
     figure.tight_layout()
     return figure
@@ -102,19 +104,21 @@ def _index(layers: list[Layer], layer: str | int) -> int:
     return index
 
 
-def _draw(axes: Any, layer: Layer, place: int) -> None:
+def _draw(axes: Any, layer: Layer, place: int, norm: Any) -> Any:
     axes.set_xticks([])
     axes.set_yticks([])
     if place >= len(layer.heads):
         axes.axis("off")
-        return
+        return None
     pooled = layer.maps[0]
     # Where a cell begins is told, since cells need not hold equally many tokens.
-    axes.pcolormesh(pooled.columns, pooled.rows, np.sqrt(pooled.cells[place]), cmap="magma_r")
+    cells = pooled.cells[place]
+    drawn = axes.pcolormesh(pooled.columns, pooled.rows, cells, norm=norm, cmap="magma_r")
     axes.set_ylim(pooled.rows[-1], pooled.rows[0])
     axes.set_title(f"head {layer.heads[place]}", fontsize=7, pad=2)
     if place == 0:
         axes.set_ylabel(layer.name, fontsize=6)
+    return drawn
 
 
 def _write(
