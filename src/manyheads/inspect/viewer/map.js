@@ -85,7 +85,7 @@ class MapView {
     const clip = [left, top, w, h];
     const items = [{ rect: clip, fill: colourAt(ramp(this.difference ? "difference" : "map"), this.difference ? 0.5 : 0) }];
     const single = this.singles();
-    for (const map of this.maps) items.push(...this.cells(map, x, y, clip, single ? 0.35 : 1));
+    for (const map of this.maps) items.push(...this.cells(map, x, y, clip, single ? 0.12 : 1));
     if (single) items.push(...this.weights(x, y, clip));
     items.push({ rect: [left + 0.5, top + 0.5, w - 1, h - 1], stroke: ink.line });
     items.push(...this.axes(laid, x, y, ink));
