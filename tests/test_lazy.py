@@ -36,7 +36,8 @@ def options(kind: str) -> dict[str, Any]:
         case "window":
             return dict(mask=mh.Causal() & mh.Window(3, 0), query_start=torch.tensor([2, 1]))
         case "documents":
-            return dict(mask=mh.Documents([[4, 7], [5, 6]], [[6, 7], [3, 10]]) & mh.Causal())
+            documents = mh.Documents([[4, 7], [5, 6]], [[6, 7], [3, 10]])
+            return dict(mask=documents, attn_bias=mh.Alibi())  # looks at both sides
         case "dense":
             mask = torch.rand(B, HEADS, LQ, LK) < 0.6
             bias = mh.DenseBias(torch.randn(1, HEADS, LQ, LK)) + mh.Alibi()

@@ -308,6 +308,7 @@ def test_blocks_may_end_in_any_order() -> None:
     one, two = first.__enter__(), second.__enter__()
     model(x)
     first.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
     model(x)
     second.__exit__(None, None, None)
     assert (len(one), len(two)) == (2, 4)
@@ -392,6 +393,27 @@ def test_an_error_in_the_model_leaves_nothing_behind() -> None:
     with mh.observe(model, mh.Entropy()) as seen:
         model(x)
     assert len(seen) == 2
+
+
+def test_a_model_may_handle_errors_of_its_layers() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError
+
+    class Forgiving(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.broken = Broken()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with pytest.raises(ValueError):
+                self.broken(x)
+            return super().forward(x)
+
+    model = Forgiving()
+    with mh.observe(model, mh.Entropy()) as seen:
+        model(torch.randn(B, L, 7))
+    assert seen.layers == ("Forgiving",)
 
 
 def test_an_interrupt_leaves_no_module_running() -> None:

@@ -216,6 +216,22 @@ def test_every_config_gets_back_what_it_said() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_config_without_a_model_gets_back_what_it_said() -> None:
+    """Transformers switches such ones too."""
+
+    class Composite(LlamaConfig):
+        sub_configs = {"audio_config": BertConfig}  # noqa: RUF012
+
+    config = Composite(**COMMON, attn_implementation="sdpa")
+    config.audio_config = BertConfig(attn_implementation="eager")
+    model, (ids, _) = LlamaForCausalLM(config).eval(), padded("none")
+    before = config._attn_implementation, config.audio_config._attn_implementation
+    with torch.no_grad(), mh.observe(model, mh.Entropy()):
+        model(ids)
+        assert config.audio_config._attn_implementation == "manyheads"
+    assert (config._attn_implementation, config.audio_config._attn_implementation) == before
+
+
 def test_models_that_share_a_config_and_threads() -> None:
     """The first block to open is the first to close."""
     config = LlamaConfig(**COMMON, attn_implementation="sdpa")
