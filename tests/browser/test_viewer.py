@@ -309,6 +309,10 @@ def test_two_inputs_side_by_side(open_page: Open, folder: Path) -> None:
     page_file = mh.view(one, words(19), compare=(two, [*words(17), " other", " here"]))
     page = open_page(page_file.save(folder / "two.html"))
     expect(page.locator(".reader")).to_have_count(2)
+    # Both texts end where the window does, however many lines the bar takes.
+    page.set_viewport_size({"width": 900, "height": 700})
+    page.wait_for_function("Math.abs(texts.getBoundingClientRect().bottom - innerHeight) < 1")
+    page.set_viewport_size({"width": 1280, "height": 900})
     assert page.locator(".thumb").first.locator("canvas").count() == 2
     page.locator(".thumb").nth(1).click()
     expect(page.locator("canvas.map")).to_have_count(2)

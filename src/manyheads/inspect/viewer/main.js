@@ -270,6 +270,9 @@ function buildBar() {
       find();
     });
   }
+  // The text stands below the bar, which takes a second line where names are long.
+  const bar = document.querySelector(".bar");
+  new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar);
   byId("theme").addEventListener("click", () => {
     state.theme = isDark() ? "light" : "dark";
     themed();
