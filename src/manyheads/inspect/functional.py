@@ -60,20 +60,15 @@ def measure(
     (torch.Size([2, 8, 5]), torch.Size([2, 8, 5, 3]))
     """
     asked = tuple(measures)
-    check_measures(asked)
-    call, _, _ = prepare(
-        query, key, key, mask, attn_bias, scale, softcap, sinks, 0.0, query_start, False
-    )
-    return measure_call(call, asked)
-
-
-def check_measures(asked: tuple[Any, ...]) -> None:
-    """Raise ArgumentTypeError unless all are measures."""
     for one in asked:
         if not isinstance(one, Measure):
             raise ArgumentTypeError(
                 f"measures holds {one!r}; expected objects such as Entropy() or TopKeys(8)."
             )
+    call, _, _ = prepare(
+        query, key, key, mask, attn_bias, scale, softcap, sinks, 0.0, query_start, False
+    )
+    return measure_call(call, asked)
 
 
 def measure_call(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.inspect import layers as choosing
-from manyheads.inspect.functional import check_measures, measure_call
+from manyheads.inspect.functional import measure_call
 from manyheads.inspect.layers import Layers
 from manyheads.inspect.measures import Measure
 from manyheads.inspect.records import Record, Seen
@@ -98,7 +98,12 @@ class Observer:
                 f"observe() got a {type(model).__name__} as model; expected a torch.nn.Module: "
                 "give the model first, then the measures."
             )
-        check_measures(measures)
+        for one in measures:
+            if not isinstance(one, Measure):
+                raise ArgumentTypeError(
+                    f"observe() got {one!r} as a measure; expected objects such as Entropy() or "
+                    "TopKeys(8)."
+                )
         if not measures:
             raise ArgumentError(
                 "observe() got no measures; expected at least one, such as observe(model, "
