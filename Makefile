@@ -4,10 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE $(shell find src csrc -type f \
-  \( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.h' \))
+  \( -name '*.py' -o -name '*.typed' -o -name '*.html' -o -name '*.js' -o -name '*.css' \
+  -o -name '*.cpp' -o -name '*.h' \))
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: venv install build demo test test-kernels test-neon check bench bench-peers \
+.PHONY: venv install build demo test test-kernels test-neon test-browser check bench bench-peers \
   wheel docs clean
 
 venv: .venv/.requirements
@@ -68,6 +69,14 @@ test-neon: .venv/.requirements
 	! readelf --symbols --wide --demangle build/kernels/isa_neon.o | grep -E ' (WEAK|UNIQUE) |std::'
 	$(call check-kernels,neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=$(NEON_CXX),$(NEON_RUN),400)
+
+# The page of `mh.view` in a real browser; nothing is installed here.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-browser: install
+	@test -n "$(CHROMIUM)" || { echo "make test-browser needs Chromium, which is not on the PATH." \
+	  "On Debian or Ubuntu: apt-get install chromium; or make test-browser CHROMIUM=/path/to/it"; \
+	  exit 1; }
+	MANYHEADS_CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q tests/browser
 
 check: install test-kernels
 	$(BIN)/ruff format --check .

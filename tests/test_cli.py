@@ -71,6 +71,31 @@ def test_generate_answers_with_a_model_of_yours(run, tiny_model):
     assert run(*arguments, "--max-new-tokens", "7", "--attn", "eager") == (0, ours)
 
 
+def test_see_writes_a_page(run, tiny_model, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(commands.webbrowser, "open", opened.append)
+    file, page = tmp_path / "text.txt", tmp_path / "page.html"
+    file.write_text("the capital of Portugal is Lisbon")
+    arguments = ["see", str(file), "--model", str(tiny_model), "--output", str(page)]
+    status, printed = run(*arguments, "--compare", "is Lisbon the capital ?", "--open")
+    assert status == 0
+    assert str(page) in printed and "6 tokens" in printed
+    assert opened == [page.as_uri()]
+    html = page.read_text()
+    assert '"model.layers.1.self_attn"' in html and html.count('"layers":') == 2
+
+
+def test_see_says_what_is_wrong(run, tiny_model, tmp_path):
+    model = ["--model", str(tiny_model)]
+    assert "nothing to read" in run("see", " ", *model)[0]
+    (tmp_path / "image").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in run("see", str(tmp_path / "image"), *model)[0]
+    status, _ = run("see", "the " * 3000, *model)
+    assert "got 3,000 tokens; expected at most 2,048" in status
+    status, _ = run("see", "the", *model, "--output", str(tmp_path / "no" / "page.html"))
+    assert "cannot be written" in status and "--output" in status
+
+
 def test_generate_names_the_attentions_there_are(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["manyheads", "generate", "hello", "--attn", "bogus"])
     with pytest.raises(SystemExit) as stopped:

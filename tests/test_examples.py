@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/heads.md", "docs/huggingface.md", "docs/observe.md"]
+PAGES = [
+    *("README.md", "docs/heads.md", "docs/huggingface.md", "docs/observe.md", "docs/view.md"),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -281,6 +281,7 @@ PUBLIC_NAMES = [
     "NTKScaling",
     "NotRecordedError",
     "OffsetMass",
+    "Page",
     "Predicate",
     "QueryRows",
     "Received",
@@ -308,4 +309,5 @@ PUBLIC_NAMES = [
     "rollout",
     "trace",
     "trace_attention",
+    "view",
 ]

@@ -25,6 +25,7 @@ from .inspect import (
     MeanDistance,
     Measure,
     OffsetMass,
+    Page,
     Received,
     Record,
     Report,
@@ -40,6 +41,7 @@ from .inspect import (
     rollout,
     trace,
     trace_attention,
+    view,
 )
 from .masks import (
     Causal,
@@ -93,6 +95,7 @@ __all__ = [
     "NTKScaling",
     "NotRecordedError",
     "OffsetMass",
+    "Page",
     "Predicate",
     "QueryRows",
     "Received",
@@ -120,4 +123,5 @@ __all__ = [
     "rollout",
     "trace",
     "trace_attention",
+    "view",
 ]

@@ -19,6 +19,8 @@ from .measures import (
     WeightRows,
 )
 from .observe import Observer, observe
+from .page import Page, view
+from .picture import plot
 from .records import Record, Seen
 from .report import BEHAVIOURS, Behaviour, HeadScores, Report, report
 from .rollout import rollout
@@ -39,6 +41,7 @@ __all__ = [
     "Measure",
     "Observer",
     "OffsetMass",
+    "Page",
     "Received",
     "Record",
     "Report",
@@ -52,8 +55,10 @@ __all__ = [
     "head_importance",
     "measure",
     "observe",
+    "plot",
     "report",
     "rollout",
     "trace",
     "trace_attention",
+    "view",
 ]
