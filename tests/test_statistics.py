@@ -199,6 +199,15 @@ def test_more_masses_than_one_pass_takes() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_row_that_does_not_count_is_no_part_of_sums() -> None:
+    query, key = torch.randn(1, 2, 19, 8), torch.randn(1, 2, 31, 8)
+    questions = [mh.Received(last=3), mh.HeatMap(2, 3, queries=(16, 19))]
+    clean = mh.measure(query, key, questions)
+    query[:, :, 5] = torch.nan
+    for one, other in zip(clean, mh.measure(query, key, questions), strict=True):
+        assert torch.equal(one, other)
+
+
 def operator_arguments(case: Case, *asked: mh.Measure):
     call = call_of(case)
     return arguments_of(OPERATOR, lambda: functional.measure_call(call, asked))

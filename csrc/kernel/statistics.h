@@ -63,9 +63,11 @@ inline void start_measured_tile(const Statistics& stats, const RowSpan& span, do
   Tile& tile = *t.tile;
   place_lanes(call, tile);
   t.low = t.high = tile.position[0];
+  t.broken = false;
   for (int lane = 0; lane < tile.lanes(); ++lane) {
     const int64_t row = row_index(call, tile, lane);
     const float max = call.row_max[row], sum = call.row_sum[row];
+    t.broken |= sum != sum;
     t.max[lane] = max == -kInfinity ? 0.0f : max;
     t.inverse_sum[lane] = sum == 0 || lane >= tile.count ? 0.0f : 1.0f / sum;
     t.received_by[lane] = tile.row[lane] >= stats.received_from ? t.inverse_sum[lane] : 0.0f;

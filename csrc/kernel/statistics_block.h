@@ -178,8 +178,9 @@ inline void take_offsets(const Statistics& stats, MeasuredTile& t, const Block& 
   }
 }
 
-// received[key][lane] += P of the rows that count, summed over the tile's vectors.
-template <int N>
+// received[key][lane] += P of the rows that count, summed over the tile's vectors. Under kBroken a
+// row may be NaN: 0 times that must not count.
+template <int N, bool kBroken>
 [[gnu::noinline]] void add_received(const MeasuredTile& t, const Block& block, const float* weights,
                                     float* received) {
   constexpr int W = Vec::kLanes, L = N * W;
@@ -189,7 +190,11 @@ template <int N>
   for (int64_t row = block.begin; row < block.end; ++row) {
     Vec sum = load(received + row * W);
 #pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) sum = fma(load(weights + row * L + n * W), factor[n], sum);
+    for (int n = 0; n < N; ++n) {
+      Vec weight = load(weights + row * L + n * W);
+      if constexpr (kBroken) weight = select(equal(factor[n], zero()), zero(), weight);
+      sum = fma(weight, factor[n], sum);
+    }
     store(received + row * W, sum);
   }
 }
@@ -279,7 +284,9 @@ void measure_block(const Statistics& stats, MeasuredTile& t, const Workspace& wo
   if (stats.mean_distance) sum_distances<N>(t, block, scores);
   sum_first_keys<N>(stats, t, block, scores);
   take_offsets<N>(stats, t, block, scores);
-  if (stats.received) add_received<N>(t, block, scores, received);
+  if (stats.received)
+    t.broken ? add_received<N, true>(t, block, scores, received)
+             : add_received<N, false>(t, block, scores, received);
   if (t.num_map_rows) add_to_map<N>(stats, t, block, scores);
 }
 

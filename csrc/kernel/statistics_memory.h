@@ -113,6 +113,7 @@ struct MeasuredTile {
   float* top_scores;  // [top][kMaxLanes], descending
   int32_t* top_keys;  // [top][kMaxLanes]
   int32_t low, high;  // positions of its lanes
+  bool broken;        // has a row whose sum is not a number
   int num_map_rows;
   MapRow map_rows[kMaxLanes];
 };
