@@ -6,7 +6,8 @@
 namespace manyheads {
 extern const Kernels kKernelsNeon;
 const Kernels kKernelsNeon{
-    "neon",          num_items, scratch_bytes,         shared_bytes,  prepare,
-    begin,           forward,   backward_shared_bytes, partial_bytes, backward_scratch_bytes,
-    num_stage_items, backward,  kFlopsPerStep,         multiply_add};
+    "neon",          num_items,   scratch_bytes,         shared_bytes,  prepare,
+    begin,           forward,     backward_shared_bytes, partial_bytes, backward_scratch_bytes,
+    num_stage_items, backward,    num_product_items,     widen_x,       multiply_rows,
+    kFlopsPerStep,   multiply_add};
 }  // namespace manyheads

@@ -11,8 +11,8 @@ from tolerance import assert_close_to_oracle, assert_lse_close, eager
 
 import manyheads as mh
 
-# A step is 64 keys, a chunk 512: before, at and past each edge.
-LENGTHS = [1, 63, 64, 65, 511, 513, 1025, 4099]
+# A run is 64 keys, a step 128, a chunk 512: before, at and past each edge.
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 193, 511, 513, 1025, 4099]
 
 
 def check(built: Built, dtype: torch.dtype = torch.float32) -> None:
@@ -139,7 +139,7 @@ def test_logits_of_ten_thousand_in_different_chunks() -> None:
     torch.testing.assert_close(out[0, 0, 0], exact)
 
 
-@pytest.mark.parametrize("start", [62, 63, 64, 511, 512])
+@pytest.mark.parametrize("start", [62, 63, 64, 127, 128, 511, 512])
 @pytest.mark.parametrize("mask", ["causal", "window"])
 def test_a_range_that_ends_just_past_an_edge(start: int, mask: str) -> None:
     check(build(Case(mask, heads=(2, 1), sizes=(8, 8), lengths=(3, 700), query_start=start)))

@@ -4,7 +4,7 @@
 and numbers, and returns `(out, lse, stats)`; lse and stats are empty tensors when they were not
 asked for. `attention_backward` takes the same and what flows back, and returns the gradients whose
 bits are set in `needs`, empty tensors for the others. Their results have no gradient here:
-_autograd.py ties them together.
+_autograd.py ties them together. `project_row` is weight x + bias for one row x, and has none.
 
 When the library is absent or does not load, importing manyheads still works: `LIBRARY_ERROR` says
 why, and the native backend declines every call for that reason.
@@ -159,6 +159,10 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     return gradients, (0,) * len(gradients)
 
 
+def _fake_project_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(weight.shape[0])
+
+
 # The positions of these arguments in the schema, for the vmap rule.
 _BAND_ROWS = 7
 _PER_HEAD = (5, 11, 12)  # sinks, slopes, distance_values
@@ -240,6 +244,7 @@ def _register() -> None:
     torch.library.register_fake(backward, _fake_backward)
     torch.library.register_vmap(forward, _vmap_forward)
     torch.library.register_vmap(backward, _vmap_backward)
+    torch.library.register_fake("manyheads::project_row", _fake_project_row)
     register_flop_formula(torch.ops.manyheads.attention_forward)(_forward_flops)
     register_flop_formula(torch.ops.manyheads.attention_backward)(_backward_flops)
 
