@@ -96,6 +96,17 @@ struct Backward {
   void* shared;                  // `shared_bytes`, for all threads
 };
 
+// A matrix times one vector: out[i] = weight[i] . x + bias[i], one rounding; each item is a run of
+// rows.
+struct RowProduct {
+  Type type;  // of the four
+  int64_t rows, width;
+  const void* weight;  // [rows][width], contiguous
+  const void* x;       // [width]
+  const void* bias;    // [rows] or null
+  void* out;           // [rows]
+};
+
 // The backward pass runs in these stages, one after the other; each has items that any thread may
 // run in any order.
 enum class Stage : int { start, rows, keys, finish };
@@ -159,6 +170,9 @@ struct Kernels {
   int64_t (*num_stage_items)(const Backward&, Stage);
   void (*backward)(const Backward&, Stage, int64_t item, void* scratch);
   StatisticsKernels statistics;
+  int64_t (*num_product_items)(const RowProduct&);
+  void (*widen_x)(const RowProduct&, float* x);  // [width], once for each thread
+  void (*multiply_rows)(const RowProduct&, int64_t item, const float* x);
   double flops_per_step;  // of multiply_add, which measures what this ISA can do at best
   float (*multiply_add)(int64_t steps);
   double pair_flops_per_step = 0;  // the same for products of half-precision pairs, where the

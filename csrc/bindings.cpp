@@ -153,6 +153,25 @@ Measured attention_statistics(
   return measured;
 }
 
+// weight x + bias for one row x, in its dtype.
+Tensor project_row(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Choice choice = choose_kernels();
+  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  const Kernels& kernels = *choice.kernels;
+  RowProduct p = read_row_product(x, weight, bias);
+  constexpr int64_t kStride = 1;
+  Tensor out = empty(p.type, 1, &p.rows, &kStride);
+  p.out = out.mutable_data_ptr();
+  const auto begin = [&](void* scratch) { kernels.widen_x(p, static_cast<float*>(scratch)); };
+  const auto work = [&](int64_t item, int64_t, void* scratch, void*) {
+    kernels.multiply_rows(p, item, static_cast<const float*>(scratch));
+  };
+  run_queue(
+      kernels.num_product_items(p), {p.width * int64_t(sizeof(float)), 0},
+      torch::stable::get_num_threads(), [](void*) {}, begin, work, parallel_for);
+  return out;
+}
+
 // GFLOP/s of multiply-adds on registers alone, on all of torch's threads, over about `seconds`: in
 // float32 or, if the kernels in use have instructions for those, products of half-precision pairs.
 double fma_peak(double seconds, bool of_pairs) {
@@ -243,6 +262,7 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "bool mean_distance, SymInt[] first_keys, SymInt[] offsets, SymInt top, "
       "SymInt[] received, SymInt[] heat_map) -> "
       "(Tensor rows, Tensor top_weights, Tensor top_keys, Tensor received, Tensor heat_map)");
+  m.def("project_row(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("advise_large_pages(Tensor data) -> ()");
   m.def("fma_peak(float seconds, bool of_pairs=False) -> float");
   m.def("read_rate(Tensor data) -> float");
@@ -253,6 +273,7 @@ STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&manyheads::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&manyheads::attention_backward));
   m.impl("attention_statistics", TORCH_BOX(&manyheads::attention_statistics));
+  m.impl("project_row", TORCH_BOX(&manyheads::project_row));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manyheads, CompositeExplicitAutograd, m) {

@@ -259,4 +259,23 @@ inline void read_gradients(Backward& b, const Tensor& grad_out, const OptionalTe
   b.grad_lse = l.as<float>();
 }
 
+inline RowProduct read_row_product(const Tensor& x, const Tensor& weight,
+                                   const OptionalTensor& bias) {
+  const View v(x), w(weight);
+  check(w.dim == 2 && w.sizes[1] > 0 && weight.is_contiguous(),
+        "weight [outputs, inputs], contiguous, at least one input");
+  check(v.is(w.dtype, 1) && v.sizes[0] == w.sizes[1] && v.unit_stride(0),
+        "x [inputs] of the weight's dtype, contiguous");
+  RowProduct p{};
+  p.type = read_type(w.dtype);
+  p.rows = w.sizes[0], p.width = w.sizes[1];
+  p.weight = w.data, p.x = v.data;
+  if (!bias) return p;
+  const View b(*bias);
+  check(b.is(w.dtype, 1) && b.sizes[0] == p.rows && b.unit_stride(0),
+        "bias [outputs] of the weight's dtype, contiguous");
+  p.bias = b.data;
+  return p;
+}
+
 }  // namespace manyheads

@@ -41,8 +41,10 @@ enum Feature : unsigned {
   kAmxFloat16 = 1u << 8,
   kAvx512Bf16 = 1u << 9,
   kFastPairs = 1u << 10,
+  kAvx512Vbmi = 1u << 11,
 };
 constexpr unsigned kAvx512All = kAvx2 | kFma | kAvx512F | kAvx512Dq | kAvx512Bw | kAvx512Vl;
+constexpr unsigned kAvx512Half = kAvx512All | kAvx512Bf16 | kAvx512Vbmi;
 
 struct Isa {
   const Kernels& kernels;
@@ -54,13 +56,13 @@ struct Isa {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
 #if defined(MANYHEADS_BF16)
-    {kKernelsAmxFp16, kAvx512All | kAvx512Bf16 | kAmxBfloat16 | kAmxFloat16},
-    {kKernelsAmx, kAvx512All | kAvx512Bf16 | kAmxBfloat16},
-    {kKernelsAvx512Bf16, kAvx512All | kAvx512Bf16 | kFastPairs},
+    {kKernelsAmxFp16, kAvx512Half | kAmxBfloat16 | kAmxFloat16},
+    {kKernelsAmx, kAvx512Half | kAmxBfloat16},
+    {kKernelsAvx512Bf16, kAvx512Half | kFastPairs},
 #endif
     {kKernelsAvx512, kAvx512All},
 #if defined(MANYHEADS_BF16)
-    {kKernelsAvx512Bf16, kAvx512All | kAvx512Bf16, kFastPairs},
+    {kKernelsAvx512Bf16, kAvx512Half, kFastPairs},
 #endif
     {kKernelsAvx2, kAvx2 | kFma | kF16c},
 #elif defined(__aarch64__)
@@ -115,6 +117,7 @@ unsigned detect_features() {
     if (ebx & (1u << 17)) found |= kAvx512Dq;
     if (ebx & (1u << 30)) found |= kAvx512Bw;
     if (ebx & (1u << 31)) found |= kAvx512Vl;
+    if (ecx & (1u << 1)) found |= kAvx512Vbmi;
   }
   const bool has_tiles = edx & (1u << 22);
   constexpr uint64_t kTiles = 0x60000;  // AMX's tile registers and their configuration

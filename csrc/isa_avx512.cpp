@@ -5,8 +5,13 @@
 
 namespace manyheads {
 extern const Kernels kKernelsAvx512;
-const Kernels kKernelsAvx512{
-    "avx512",        num_items, scratch_bytes,         shared_bytes,  prepare,
-    begin,           forward,   backward_shared_bytes, partial_bytes, backward_scratch_bytes,
-    num_stage_items, backward,  kStatistics,           kFlopsPerStep, multiply_add};
+const Kernels kKernelsAvx512{"avx512",        num_items,
+                             scratch_bytes,   shared_bytes,
+                             prepare,         begin,
+                             forward,         backward_shared_bytes,
+                             partial_bytes,   backward_scratch_bytes,
+                             num_stage_items, backward,
+                             kStatistics,     num_product_items,
+                             widen_x,         multiply_rows,
+                             kFlopsPerStep,   multiply_add};
 }  // namespace manyheads

@@ -65,19 +65,25 @@ void share_out(int64_t items, std::byte* memory, size_t each, int64_t threads, c
                const Work& work, const ParallelFor& parallel_for) {
   if (items <= 0) return;
   threads = std::min(threads, items);
-  // Short enough that no thread waits long for the last one.
-  const int64_t run = std::clamp<int64_t>(items / (threads * 32), 1, 4);
+  // Neighbours share or follow each other's memory, and what a thread fetches ahead is the next
+  // item's. Towards the end runs get shorter, so that no thread waits long for the last one.
+  const auto run_from = [&](int64_t start) {
+    return std::clamp<int64_t>((items - start) / (threads * 8), 1, 4);
+  };
   std::atomic<int64_t> next{0};
   const auto body = [&](int64_t first, int64_t last) noexcept {
     for (int64_t worker = first; worker < last; ++worker) {
       void* const mine = memory + size_t(worker) * each;
       begin(mine);
-      for (int64_t start; (start = next.fetch_add(run, std::memory_order_relaxed)) < items;) {
-        const int64_t end = std::min(start + run, items);
+      int64_t start = next.load(std::memory_order_relaxed);
+      while (start < items) {
+        const int64_t run = run_from(start), end = std::min(start + run, items);
+        if (!next.compare_exchange_weak(start, end, std::memory_order_relaxed)) continue;
         for (int64_t item = start; item < end; ++item) {
           const int64_t later = item + 1 < end ? item + 1 : item + 1 + (threads - 1) * run;
           work(item, later < items ? later : -1, mine);
         }
+        start = next.load(std::memory_order_relaxed);
       }
     }
   };

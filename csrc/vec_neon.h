@@ -56,6 +56,10 @@ inline Vec load_some_bfloat16(const uint16_t* p, int64_t n) {
   __builtin_memcpy(lanes, p, n * sizeof(uint16_t));
   return load_bfloat16(lanes);
 }
+inline void load_two_bfloat16(const uint16_t* p, Vec& first, Vec& second) {  // 8 values
+  first = load_bfloat16(p);
+  second = load_bfloat16(p + 4);
+}
 inline Vec load_some_float16(const uint16_t* p, int64_t n) {
   uint16_t lanes[4] = {};
   __builtin_memcpy(lanes, p, n * sizeof(uint16_t));

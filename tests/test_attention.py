@@ -65,11 +65,11 @@ OF_TORCH = (
 def test_grid_under_another_isa(isa: str) -> None:
     """The native cases here and in the files named below, in a process forced to use `isa`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    others = ("test_half.py", "test_decode.py", "test_hostile.py")
+    others = ("test_half.py", "test_decode.py", "test_hostile.py", "test_projection.py")
     of_torch = OF_TORCH if isa in SIMPLE_ISAS else ()
     files = [__file__, *(str(Path(__file__).with_name(name)) for name in others + of_torch)]
     which = "(test_attention and native) or test_half or test_lengths or test_sizes or "
-    which += "test_hostile or test_opcheck or compiles"
+    which += "test_hostile or test_opcheck or compiles or operator_for_one_row"
     environment = {**os.environ, "MANYHEADS_ISA": isa}
     ran = subprocess.run(
         [*command, "-k", which, *files],

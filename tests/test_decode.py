@@ -11,8 +11,8 @@ from tolerance import assert_close_to_oracle, assert_lse_close, eager
 
 import manyheads as mh
 
-# A step is 64 keys, a chunk 512: before, at and past each edge.
-LENGTHS = [1, 63, 64, 65, 511, 513, 1025, 4099]
+# A run is 64 keys, a step 128, a chunk 512: before, at and past each edge.
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 193, 511, 513, 1025, 4099]
 
 
 def check(built: Built, dtype: torch.dtype = torch.float32) -> None:
@@ -89,6 +89,24 @@ def test_a_row_gets_the_same_bits_whatever_the_others_attend_to(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("edge", [64, 128, 192, 512])
+def test_a_row_gets_the_same_bits_wherever_the_others_begin(dtype: torch.dtype, edge: int) -> None:
+    """The first windows begin before an edge of runs, steps or chunks, the last ones after it."""
+    query, key, value = (torch.randn(1, 1, n, 64).to(dtype) for n in (7, 1031, 1031))
+    mask, start = mh.Window(30, 307), edge - 4 + 30
+
+    def run(first: int, last: int) -> torch.Tensor:
+        return mh.attention(
+            query[:, :, first:last], key, value, mask=mask, query_start=start + first,
+            backend="native",
+        )  # fmt: skip
+
+    together = run(0, 7)
+    for row in range(7):
+        assert torch.equal(together[:, :, row : row + 1], run(row, row + 1))
+
+
 @pytest.mark.parametrize("mask", ["none", "causal", "sink_window", "dense_shared"])
 def test_the_same_bits_for_any_batch_and_threads(mask: str, threads) -> None:
     built = build(Case(mask, heads=(6, 2), sizes=(64, 64), lengths=(2, 5003), batch=3))
@@ -139,7 +157,7 @@ def test_logits_of_ten_thousand_in_different_chunks() -> None:
     torch.testing.assert_close(out[0, 0, 0], exact)
 
 
-@pytest.mark.parametrize("start", [62, 63, 64, 511, 512])
+@pytest.mark.parametrize("start", [62, 63, 64, 127, 128, 511, 512])
 @pytest.mark.parametrize("mask", ["causal", "window"])
 def test_a_range_that_ends_just_past_an_edge(start: int, mask: str) -> None:
     check(build(Case(mask, heads=(2, 1), sizes=(8, 8), lengths=(3, 700), query_start=start)))

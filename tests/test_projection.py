@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from manyheads import MultiHeadAttention, projection
+from manyheads._ops import CpuKernels
 from manyheads.projection import project
 
 HALF = (torch.bfloat16, torch.float16)
-INPUTS, OUTPUTS = 719, 739  # large enough for a product with a vector
-ROWS = 1423  # and with so many rows for large pages
+INPUTS, OUTPUTS = 719, 739
+ROWS = 1423  # large enough for large pages
 
 
 def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -33,37 +34,78 @@ def rows(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(1, count, INPUTS).to(dtype)
 
 
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[list[str]]:
-    """The names of those of these functions of torch that were called."""
-    calls: list[str] = []
-    with monkeypatch.context() as patch:
-        for name in names:
-            real = getattr(torch, name)
-
-            def spy(*args: Any, name: str = name, real: Any = real, **more: Any) -> Any:
-                calls.append(name)
-                return real(*args, **more)
-
-            patch.setattr(torch, name, spy)
-        yield calls
+@pytest.fixture
+def row_products(monkeypatch) -> list[tuple[Any, ...]]:
+    """The arguments of all calls of the operator for one row."""
+    calls: list[tuple[Any, ...]] = []
+    packet = torch.ops.manyheads.project_row
+    real = packet.default
+    monkeypatch.setattr(packet, "default", lambda *args: calls.append(args) or real(*args))
+    return calls
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("bias", [True, False])
-def test_one_row_of_a_half_type_is_a_vector(dtype, bias, monkeypatch):
-    linear, x = layer(dtype, bias), rows(1, dtype)
-    with torch.no_grad(), counted(monkeypatch, "addmv", "mv") as calls:
-        actual = project(linear, x)
-        assert calls == ["addmv" if bias else "mv"]
-        eager = linear(x)
-    exact = layer(dtype, bias).double()(x.double()).detach()
+@pytest.mark.parametrize("sizes", [(INPUTS, OUTPUTS), (768, 64), (1, 1), (17, 131)], ids=str)
+def test_one_row_of_a_half_type_is_a_vector(dtype, bias, sizes, row_products):
+    torch.manual_seed(0)
+    linear = nn.Linear(*sizes, bias=bias).to(dtype)
+    x = torch.randn(1, 1, sizes[0]).to(dtype)
+    strided = x.expand(1, 2, -1).mT.contiguous().mT[:, :1]
+    with torch.no_grad():
+        actual, eager = project(linear, x), linear(x)
+        assert len(row_products) == 1
+        assert torch.equal(project(linear, strided), actual)
+    exact = copy.deepcopy(linear).double()(x.double()).detach()
     assert actual.shape == eager.shape
     assert_close_to_oracle(actual[None], exact[None], eager[None], dtype)
-    with torch.no_grad(), counted(monkeypatch, "addmv", "mv") as calls:
-        project(layer(), rows(1))
-        project(linear, rows(2, dtype))
-    assert not calls
+
+
+def test_what_is_not_one_row_of_a_half_type_is_no_vector(row_products):
+    columnwise = layer(torch.bfloat16)
+    columnwise.weight = nn.Parameter(columnwise.weight.mT.contiguous().mT)
+    without_inputs = layer(torch.bfloat16)
+    without_inputs.weight = nn.Parameter(torch.empty(OUTPUTS, 0, dtype=torch.bfloat16))
+    with torch.no_grad():
+        for linear, x in (
+            (layer(), rows(1)),
+            (layer(torch.bfloat16), rows(2, torch.bfloat16)),
+            (columnwise, rows(1, torch.bfloat16)),
+            (without_inputs, torch.empty(1, 1, 0, dtype=torch.bfloat16)),
+        ):
+            assert torch.equal(project(linear, x), linear(x))
+    assert not row_products
+
+
+def test_one_row_gets_the_same_bits_on_any_number_of_threads(threads):
+    linear, x = layer(torch.bfloat16), rows(1, torch.bfloat16)
+    results = []
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(project(linear, x))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_the_operator_for_one_row(dtype):
+    operator = torch.ops.manyheads.project_row.default
+    weight, x, bias = (torch.randn(*sizes).to(dtype) for sizes in ((67, 131), (131,), (67,)))
+    torch.library.opcheck(operator, (x, weight, bias))
+    torch.library.opcheck(operator, (x, weight, None))
+    exact = weight.double() @ x.double() + bias.double()
+    assert_close_to_oracle(
+        operator(x, weight, bias)[None, None, None], exact[None, None, None],
+        torch.addmv(bias, weight, x)[None, None, None], dtype,
+    )  # fmt: skip
+    for wrong in (
+        (x[1:], weight, bias), (x, weight, bias[1:]), (x, weight.mT.contiguous().mT, bias),
+        (x.double(), weight, bias), (x, weight.double(), bias), (x[::2], weight[:, ::2], bias),
+        (x, weight[0], bias), (x[None], weight, bias),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="expected"):
+            operator(*wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,7 +286,7 @@ def test_who_watches_sees_the_layer(count, mode, name):
     with torch.no_grad(), mode() as watching:
         project(linear, x)
     assert name in watching.seen
-    assert not any("addmv" in seen or "large_pages" in seen for seen in watching.seen)
+    assert not any("project_row" in seen or "large_pages" in seen for seen in watching.seen)
 
 
 # PyTorch's forward mode loads its rules with torch.jit.script, which is deprecated.
@@ -292,9 +334,12 @@ def test_a_module_without_gradient_gives_what_it_gives_with_one(mode):
     assert torch.equal(without, with_gradient)
 
 
-def test_without_the_library(monkeypatch):
-    linear, x = layer(), rows(2 * ROWS)
+@pytest.mark.parametrize(("count", "dtype"), [(2 * ROWS, torch.float32), (1, torch.bfloat16)])
+def test_without_the_library(count, dtype, monkeypatch):
+    linear, x = layer(dtype), rows(count, dtype)
     monkeypatch.setattr(projection._ops, "LIBRARY_ERROR", "gone")
-    monkeypatch.setattr(torch.ops.manyheads.advise_large_pages, "default", None)
+    monkeypatch.setattr(projection._ops, "_CPU_KERNELS", CpuKernels(None, (), None))
+    for name in ("advise_large_pages", "project_row"):
+        monkeypatch.setattr(getattr(torch.ops.manyheads, name), "default", None)
     with torch.no_grad():
         assert torch.equal(project(linear, x), linear(x))

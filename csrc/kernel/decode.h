@@ -1,28 +1,18 @@
 // Decoding: few queries on a long cache, where reading K and V once is the whole cost. The lanes
-// lie along D, not along queries. A key's row is read once into registers (half types are widened
-// there, into no memory) and meets up to four queries' rows; as many such dot products are summed
-// side by side as there are registers, and their lanes then summed together. A value's row is read
-// once for up to four rows of the output likewise. All the while, rows some way ahead are fetched.
+// lie along D, not along queries: row_products.h has the two products. Between them stands the
+// online softmax, a row's scores side by side on the lanes.
 // The keys are cut into chunks at absolute multiples of kChunk, which any thread may take; whoever
 // finishes a head's last chunk merges them, in order ("Flash-Decoding", Dao et al. 2023). The rules
 // of attend.h hold here too: what a row gets does not depend on the rows it is computed with.
 #pragma once
 
-#include "forward.h"
+#include "row_products.h"
 
 namespace {
 
 // Flat queries (Lq * G) that take this path; measured.
 constexpr int64_t kFewQueries = 8;
 constexpr int64_t kChunk = 512;
-// Keys whose scores are computed before their values are read.
-constexpr int64_t kStep = 64;
-// How far ahead rows are fetched, into the second cache; measured. The processor by itself has too
-// few reads under way while it computes.
-constexpr int64_t kBytesAhead = 8192;
-// Not where K and V are so few bytes that this cache may hold them: fetching from it costs time.
-constexpr int64_t kFewBytes = 3 << 19;
-
 // Not where a backward pass is to follow: it recomputes the scores in the tiles' order. Nor with
 // dropout, which is training too.
 inline bool decodes(const Forward& call) {
@@ -91,95 +81,6 @@ inline DecodeScratch lay_out_decode(const Forward& call, void* start) {
   return scratch;
 }
 
-// Rows of K or V where they lie.
-struct Rows {
-  const char* data;
-  int64_t stride;  // bytes
-};
-inline Rows rows_from(Type type, const void* data, const int64_t (&stride)[3], const Tile& tile,
-                      int64_t key) {
-  return {static_cast<const char*>(row_at(data, type, stride, tile.b, tile.hkv, key)),
-          stride[2] * size_of(type)};
-}
-// From a row that is read to the one that is fetched meanwhile; 0: none is.
-inline int64_t bytes_ahead(const Forward& call, Rows rows, int64_t width) {
-  const int64_t bytes = size_of(call.type);
-  if (call.B * call.Hkv * call.Lk * (call.D + call.Dv) * bytes <= kFewBytes) return 0;
-  return maximum(kBytesAhead / (width * bytes), 1) * rows.stride;
-}
-
-// Query rows share what is read of K and V: they are taken in groups of four, the last of fewer.
-constexpr int kGroup = 4;
-template <int R>
-struct Group {
-  static constexpr int kRows = R;
-};
-template <class Use>
-inline void for_groups(int rows, Use use) {
-  for (int r = 0; r < rows; r += kGroup) {
-    if (rows - r >= 4) use(Group<4>{}, r);
-    if (rows - r == 3) use(Group<3>{}, r);
-    if (rows - r == 2) use(Group<2>{}, r);
-    if (rows - r == 1) use(Group<1>{}, r);
-  }
-}
-
-// As many dot products are summed side by side as there are registers for: of so many keys.
-constexpr int kDots = Vec::kRows1;
-constexpr int keys_at_once(int rows) { return rows == 3 ? kDots / 4 : kDots / rows; }
-
-// scores[r][key] for R query rows and the first keys_at_once(R) keys, of which `count` are there.
-template <Type kType, int R>
-[[gnu::always_inline]] inline void dot_products(const float* query, Rows keys, int64_t count,
-                                                int64_t D, int64_t ahead, float* scores) {
-  constexpr int W = Vec::kLanes, kKeys = keys_at_once(R);
-  constexpr int kLine = 64 / int(size_of(kType));
-  const char* row[kKeys] = {keys.data};
-  for (int i = 1; i < kKeys; ++i) row[i] = row[i - 1] + (i < count ? keys.stride : 0);
-  Vec sums[kDots / W][W];
-#pragma GCC unroll 16
-  for (int i = 0; i < kDots; ++i) sums[i / W][i % W] = zero();
-  // Inlined or else the compiler keeps the sums in memory.
-  const auto add = [&](int64_t d, int64_t columns) __attribute__((always_inline)) {
-    Vec q[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) q[r] = load_row(Type::float32, query + r * D, d, columns);
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-      const Vec k = load_row(kType, row[i], d, columns);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        Vec& sum = sums[(r * kKeys + i) / W][(r * kKeys + i) % W];
-        sum = fma(k, q[r], sum);
-      }
-    }
-  };
-  int64_t d = 0;
-  for (; d + W <= D; d += W) {
-    if (ahead && d % kLine == 0) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) __builtin_prefetch(row[i] + ahead + d * size_of(kType), 0, 2);
-    }
-    add(d, W);
-  }
-  if (d < D) add(d, D - d);
-  alignas(64) float dots[kDots];
-#pragma GCC unroll 4
-  for (int i = 0; i < kDots / W; ++i) store(dots + i * W, sum_lanes(sums[i]));
-  for (int r = 0; r < R; ++r)
-    __builtin_memcpy(scores + r * kStep, dots + r * kKeys, kKeys * sizeof(float));
-}
-
-// scores[r][key] for R query rows and `n` keys.
-template <Type kType, int R>
-inline void score_keys(const float* query, Rows keys, int64_t n, int64_t D, int64_t ahead,
-                       float* scores) {
-  constexpr int kKeys = keys_at_once(R);
-  for (int64_t i = 0; i < n; i += kKeys)
-    dot_products<kType, R>(query, {keys.data + i * keys.stride, keys.stride}, minimum(kKeys, n - i),
-                           D, ahead, scores + i);
-}
-
 // As transform_scores, with keys key .. key + count - 1 on the lanes of one row.
 inline Vec transform_row(const Forward& call, const Tile& tile, int r, int64_t key, int64_t count,
                          Vec s) {
@@ -229,62 +130,6 @@ inline Vec mask_row(const Forward& call, const Tile& tile, int r, int64_t key, i
   for (int i = 1; i < tile.num_ranges; ++i)
     in_range = either(in_range, within(set_int(tile.begin[i][r]), keys, set_int(tile.end[i][r])));
   return select(both(allowed, in_range), s, set(-kInfinity));
-}
-
-// Row r of out [R][Dv], times factor[r], plus weights[r] times `n` rows of V: the columns [d, d +
-// N * kLanes), or, where N is 0, the last ones. A weight of -0 marks a pair that does not attend:
-// its value takes no part.
-template <Type kType, int R, int N, bool kMasked>
-inline void add_columns(const float* weights, Rows values, int64_t n, int64_t Dv, int64_t d,
-                        int64_t ahead, const float* factor, float* out) {
-  constexpr int W = Vec::kLanes, kVecs = N == 0 ? 1 : N;
-  constexpr int kBytes = kVecs * W * int(size_of(kType));
-  const int64_t columns = N == 0 ? Dv - d : W;
-  Vec sum[R][kVecs];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVecs; ++i) sum[r][i] = zero();
-  }
-  const char* row = values.data;
-  for (int64_t key = 0; key < n; ++key, row += values.stride) {
-    if (ahead) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kBytes; i += 64)
-        __builtin_prefetch(row + ahead + d * size_of(kType) + i, 0, 2);
-    }
-    Vec v[kVecs];
-#pragma GCC unroll 4
-    for (int i = 0; i < kVecs; ++i) v[i] = load_row(kType, row, d + i * W, columns);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const float weight = weights[r * kStep + key];
-      if (kMasked && weight == 0 && __builtin_signbit(weight)) continue;
-#pragma GCC unroll 4
-      for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(v[i], set(weight), sum[r][i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVecs; ++i) {
-      float* const to = out + r * Dv;
-      const Vec before = load_row(Type::float32, to, d + i * W, columns);
-      store_row(Type::float32, to, d + i * W, columns, fma(before, set(factor[r]), sum[r][i]));
-    }
-  }
-}
-
-template <Type kType, int R, bool kMasked>
-inline void add_values(const float* weights, Rows values, int64_t n, int64_t Dv, int64_t ahead,
-                       const float* factor, float* out) {
-  constexpr int W = Vec::kLanes, N = kDots / kGroup;
-  int64_t d = 0;
-  for (; d + N * W <= Dv; d += N * W)
-    add_columns<kType, R, N, kMasked>(weights, values, n, Dv, d, ahead, factor, out);
-  for (; d + W <= Dv; d += W)
-    add_columns<kType, R, 1, kMasked>(weights, values, n, Dv, d, ahead, factor, out);
-  if (d < Dv) add_columns<kType, R, 0, kMasked>(weights, values, n, Dv, d, ahead, factor, out);
 }
 
 // From the scores of row r and the keys [key, key + n) to weights, masked ones -0. `largest`
@@ -338,13 +183,15 @@ void decode_step(const Forward& call, const DecodeScratch& scratch, int64_t key,
       if (extent[r] != extent[first]) return Extent::some;
     return extent[first];
   };
-  for_groups(tile.count, [&](auto group, int r) {
-    constexpr int R = group.kRows;
-    const int64_t ahead = r == 0 ? bytes_ahead(call, keys, call.D) : 0;
-    if (extent_of_group(r, R) != Extent::none)
-      score_keys<kType, R>(scratch.query + r * call.D, keys, n, call.D, ahead,
-                           scratch.scores + r * kStep);
-  });
+  for (int64_t i = 0; i < n; i += kRun) {
+    for_groups(tile.count, [&](auto group, int r) {
+      constexpr int R = group.kRows;
+      const int64_t ahead = r == 0 ? bytes_ahead(call, keys, call.D) : 0;
+      if (extent_of_group(r, R) != Extent::none)
+        score_keys<kType, R>(scratch.query + r * call.D, keys.from(i), minimum(kRun, n - i), call.D,
+                             ahead, scratch.scores + r * kStep + i);
+    });
+  }
   for (int r = 0; r < tile.count; ++r) {
     float* const scores = scratch.scores + r * kStep;
     if (extent[r] == Extent::none)  // others of its group may attend
@@ -359,6 +206,7 @@ void decode_step(const Forward& call, const DecodeScratch& scratch, int64_t key,
     store(state.max + i, load(new_max + i));
     store(state.sum + i, fma(load(state.sum + i), f, load(block_sum + i)));
   }
+
   for_groups(tile.count, [&](auto group, int r) {
     constexpr int R = group.kRows;
     const float* const weights = scratch.scores + r * kStep;
@@ -463,8 +311,10 @@ void decode(const Forward& call, int64_t index, void* memory, void* shared) {
   tile.count = int(flat_queries(call));
   tile.vectors = (tile.count + Vec::kLanes - 1) / Vec::kLanes;
   place_tile(call, tile);
-  const int64_t begin = maximum(chunk * kChunk, tile.keys.begin / kStep * kStep);
-  const int64_t end = minimum(minimum((chunk + 1) * kChunk, call.Lk), tile.keys.end);
+  // Whole runs, whatever the rows attend to: a row's bits do not depend on where others begin.
+  const int64_t begin = maximum(chunk * kChunk, tile.keys.begin / kRun * kRun);
+  const int64_t end =
+      minimum(minimum((chunk + 1) * kChunk, call.Lk), (tile.keys.end + kRun - 1) / kRun * kRun);
   clear(*scratch.rows, tile.count * call.Dv);
   if (begin < end) {
     const Vec sign = set(call.scale < 0 ? -1.0f : 1.0f);
@@ -480,8 +330,10 @@ void decode(const Forward& call, int64_t index, void* memory, void* shared) {
     const auto step = call.type == Type::float32    ? decode_step<Type::float32>
                       : call.type == Type::bfloat16 ? decode_step<Type::bfloat16>
                                                     : decode_step<Type::float16>;
-    for (int64_t key = begin; key < end; key += kStep)
-      step(call, scratch, key, minimum(kStep, minimum((chunk + 1) * kChunk, call.Lk) - key));
+    for (int64_t key = begin, n; key < end; key += n) {
+      n = minimum(kStep - key % kStep, end - key);
+      step(call, scratch, key, n);
+    }
   }
   if (per_head == 1) return finish_rows(call, tile, *scratch.rows);
   float* const results = chunks.results + bh * per_head * floats_per_chunk(call);

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "decode.h"
+#include "matrix_vector.h"
 #include "peak.h"
 #include "statistics.h"
 

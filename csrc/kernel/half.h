@@ -21,6 +21,15 @@ inline Vec load_row(Type type, const void* row, int64_t i, int64_t n) {
   return n == W ? load_float16(p) : load_some_float16(p, n);
 }
 
+// Values i .. i + 2 kLanes of a row.
+inline void load_two(Type type, const void* row, int64_t i, Vec& first, Vec& second) {
+  constexpr int W = Vec::kLanes;
+  if (type == Type::bfloat16)
+    return load_two_bfloat16(static_cast<const uint16_t*>(row) + i, first, second);
+  first = load_row(type, row, i, W);
+  second = load_row(type, row, i + W, W);
+}
+
 inline void store_row(Type type, void* row, int64_t i, int64_t n, Vec x) {
   constexpr int W = Vec::kLanes;
   if (type == Type::float32) {

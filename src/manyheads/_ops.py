@@ -5,7 +5,8 @@ and numbers, and returns `(out, lse, stats)`; lse and stats are empty tensors wh
 asked for. `attention_backward` takes the same and what flows back, and returns the gradients whose
 bits are set in `needs`, empty tensors for the others. `attention_statistics` takes a call's stats
 and what makes its scores, and measures its weights (csrc/attention.h: Statistics). Their results
-have no gradient here: _autograd.py ties the first two together.
+have no gradient here: _autograd.py ties the first two together. `project_row` is weight x + bias
+for one row x, and has none.
 
 When the library is absent or does not load, importing manyheads still works: `LIBRARY_ERROR` says
 why, and the native backend declines every call for that reason.
@@ -178,6 +179,10 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     return gradients, (0,) * len(gradients)
 
 
+def _fake_project_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(weight.shape[0])
+
+
 # The positions of these arguments in the schema, for the vmap rule.
 _BAND_ROWS = 7
 _PER_HEAD = (5, 11, 12)  # sinks, slopes, distance_values
@@ -268,6 +273,7 @@ def _register() -> None:
     torch.library.register_fake("manyheads::attention_statistics", _fake_statistics)
     torch.library.register_vmap(forward, _vmap_forward)
     torch.library.register_vmap(backward, _vmap_backward)
+    torch.library.register_fake("manyheads::project_row", _fake_project_row)
     register_flop_formula(torch.ops.manyheads.attention_forward)(_forward_flops)
     register_flop_formula(torch.ops.manyheads.attention_backward)(_backward_flops)
     register_flop_formula(torch.ops.manyheads.attention_statistics)(_statistics_flops)

@@ -15,8 +15,6 @@ from torch.nn.modules import module as modules
 from manyheads import _ops
 
 _HALF = (torch.bfloat16, torch.float16)
-#: A smaller weight is multiplied by one row as fast either way.
-_MATRIX_VECTOR_SIZE = 1 << 19
 #: Results from this many bytes on are asked to lie in large pages; as in csrc/bindings.cpp.
 _LARGE = 4 << 20
 
@@ -24,9 +22,9 @@ _LARGE = 4 << 20
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """`linear(x)`: x [B, L, inputs] -> [B, L, outputs].
 
-    One row of a half type is multiplied as a vector: for a product of matrices the weight is first
-    rearranged, which takes half as long again as reading it. A large result is written to memory
-    that was asked for in large pages: fresh memory in small ones costs up to a quarter of the time.
+    One row of a half type is multiplied by our own kernel, which reads the weight at the speed of
+    memory, twice as fast as PyTorch's. A large result is written to memory that was asked for in
+    large pages: fresh memory in small ones costs up to a quarter of the time.
     """
     weight, bias = _weights(linear, x)
     if weight is None:
@@ -34,9 +32,9 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
         return result
     batch, length, _ = x.shape
     rows, outputs = batch * length, weight.shape[0]
-    if rows == 1 and weight.dtype in _HALF and weight.numel() >= _MATRIX_VECTOR_SIZE:
-        row = x.reshape(-1)
-        product = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+    if rows == 1 and weight.dtype in _HALF and _reads_rows(weight, bias):
+        row = x.reshape(-1).contiguous()
+        product: Tensor = torch.ops.manyheads.project_row.default(row, weight, bias)
         return product.view(1, 1, outputs)
     if rows * outputs * weight.itemsize < _LARGE or _ops.LIBRARY_ERROR is not None:
         return nn.functional.linear(x, weight, bias)
@@ -48,6 +46,12 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     else:
         torch.addmm(bias, matrix, weight.t(), out=out)
     return out.view(batch, length, outputs)
+
+
+def _reads_rows(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our kernel is there and can read these in place."""
+    contiguous = weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    return contiguous and weight.numel() > 0 and _ops.cpu_kernels().name is not None
 
 
 def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | tuple[None, None]:

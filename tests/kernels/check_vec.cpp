@@ -232,6 +232,13 @@ void check_half_types(Expect expect) {
   for (int i = 0; i < W; ++i) data[i] = bfloat16[i % 4];
   expect(all_lanes(load_bfloat16(data), [&](int i) { return as_bfloat16[i % 4]; }),
          "load_bfloat16");
+  uint16_t two[2 * W];
+  for (int i = 0; i < 2 * W; ++i) two[i] = uint16_t(0x3f80 + i);
+  Vec first, second;
+  load_two_bfloat16(two, first, second);
+  const auto counted = [](int i) { return 1 + float(i) * 0x1p-7f; };
+  expect(all_lanes(first, counted) && all_lanes(second, [&](int i) { return counted(W + i); }),
+         "load_two_bfloat16");
   for (int i = 0; i < W; ++i) data[i] = float16[i % 4];
   expect(all_lanes(load_float16(data), [&](int i) { return as_float16[i % 4]; }), "load_float16");
   store_bfloat16(data, made([&](int i) { return as_bfloat16[i % 4]; }));
