@@ -62,7 +62,7 @@ template <Type kType, int N>
 [[gnu::always_inline]] inline void load_vectors(const char* row, int64_t d, int64_t columns,
                                                 int64_t ahead, Vec (&v)[N]) {
   constexpr int W = Vec::kLanes, kSize = int(size_of(kType));
-  const auto fetch = [&](int64_t column) __attribute__((always_inline)) {
+  const auto fetch = [&](int64_t column) noexcept __attribute__((always_inline)) {
     if (ahead) __builtin_prefetch(row + ahead + column * kSize, 0, 2);
   };
   if (N == 1) {
