@@ -159,8 +159,8 @@ inline void dot_products_of_row(const float* query, Rows keys, int64_t D, int64_
 
 // scores[r][key] for R query rows and `n` keys.
 template <Type kType, int R>
-[[gnu::noinline]] void score_keys(const float* query, Rows keys, int64_t n, int64_t D,
-                                  int64_t ahead, float* scores) {
+[[gnu::noinline, gnu::flatten]] void score_keys(const float* query, Rows keys, int64_t n, int64_t D,
+                                                int64_t ahead, float* scores) {
   constexpr int kKeys = keys_at_once(R);
   int64_t i = 0;
   if (R == 1 && kType != Type::float32 && D % kWide == 0)
