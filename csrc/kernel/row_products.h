@@ -57,7 +57,7 @@ constexpr int kDots = Vec::kRows1;
 constexpr int keys_at_once(int rows) { return rows == 3 ? kDots / 4 : kDots / rows; }
 
 // Neighbouring vectors of a row from column d on, of `columns` numbers each. After every line that
-// is read the one that lies `ahead` of it is fetched: two at a time would wait longer.
+// is read, the one that lies `ahead` of it is fetched.
 template <Type kType, int N>
 [[gnu::always_inline]] inline void load_vectors(const char* row, int64_t d, int64_t columns,
                                                 int64_t ahead, Vec (&v)[N]) {
