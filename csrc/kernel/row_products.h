@@ -57,23 +57,21 @@ constexpr int kDots = Vec::kRows1;
 constexpr int keys_at_once(int rows) { return rows == 3 ? kDots / 4 : kDots / rows; }
 
 // Neighbouring vectors of a row from column d on, of `columns` numbers each. After every line that
-// is read the one that lies `ahead` of it is fetched: two at a time would wait longer.
+// is read, the one that lies `ahead` of it is fetched.
 template <Type kType, int N>
 [[gnu::always_inline]] inline void load_vectors(const char* row, int64_t d, int64_t columns,
                                                 int64_t ahead, Vec (&v)[N]) {
   constexpr int W = Vec::kLanes, kSize = int(size_of(kType));
-  const auto fetch = [&](int64_t column) __attribute__((always_inline)) {
-    if (ahead) __builtin_prefetch(row + ahead + column * kSize, 0, 2);
-  };
   if (N == 1) {
     v[0] = load_row(kType, row, d, columns);
-    if (d * kSize % 64 == 0) fetch(d);
+    if (ahead && d * kSize % 64 == 0) __builtin_prefetch(row + ahead + d * kSize, 0, 2);
   }
 #pragma GCC unroll 4
   for (int i = 0; i + 1 < N; i += 2) {
     load_two(kType, row, d + i * W, v[i], v[i + 1]);
 #pragma GCC unroll 2
-    for (int byte = 0; byte < 2 * W * kSize; byte += 64) fetch(d + i * W + byte / kSize);
+    for (int byte = 0; byte < 2 * W * kSize; byte += 64)
+      if (ahead) __builtin_prefetch(row + ahead + (d + i * W) * kSize + byte, 0, 2);
   }
 }
 
@@ -123,9 +121,8 @@ template <Type kType, int R>
 // added to what is there, unless these are the first.
 constexpr int kWide = kDots / kGroup * Vec::kLanes;
 template <Type kType, bool kFirst>
-[[gnu::always_inline]] inline void add_wide_columns(const float* query, Rows keys, int64_t d,
-                                                    int64_t ahead,
-                                                    float (&sums)[kDots][Vec::kLanes]) {
+inline void add_wide_columns(const float* query, Rows keys, int64_t d, int64_t ahead,
+                             float (&sums)[kDots][Vec::kLanes]) {
   constexpr int W = Vec::kLanes, N = kWide / W;
   Vec q[N], k[N];
 #pragma GCC unroll 4
@@ -144,8 +141,8 @@ template <Type kType, bool kFirst>
 // As dot_products, for one query row, kDots keys and a multiple of kWide columns: one key after
 // another, as they lie in memory.
 template <Type kType>
-[[gnu::always_inline]] inline void dot_products_of_row(const float* query, Rows keys, int64_t D,
-                                                       int64_t ahead, float* scores) {
+inline void dot_products_of_row(const float* query, Rows keys, int64_t D, int64_t ahead,
+                                float* scores) {
   constexpr int W = Vec::kLanes;
   alignas(64) float sums[kDots][W];
   add_wide_columns<kType, true>(query, keys, 0, ahead, sums);
@@ -162,8 +159,8 @@ template <Type kType>
 
 // scores[r][key] for R query rows and `n` keys.
 template <Type kType, int R>
-[[gnu::noinline]] void score_keys(const float* query, Rows keys, int64_t n, int64_t D,
-                                  int64_t ahead, float* scores) {
+[[gnu::noinline, gnu::flatten]] void score_keys(const float* query, Rows keys, int64_t n, int64_t D,
+                                                int64_t ahead, float* scores) {
   constexpr int kKeys = keys_at_once(R);
   int64_t i = 0;
   if (R == 1 && kType != Type::float32 && D % kWide == 0)
