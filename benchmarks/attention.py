@@ -16,6 +16,7 @@ from pathlib import Path
 
 import flex
 from modules import module_tasks
+from observing import observing_tasks
 from own import Own, extra_memory, own_rows
 from peers import Peers
 from report import Line, Report, quiet_cell, ratio_cell, show, write
@@ -84,7 +85,7 @@ def measure(pairs: int, only: str, patience: float) -> Report:
             for peer, result in peers.time_row(row, patience / 2).items():
                 line.others[peer] = ratio_cell(result)
         report.notes = peers.notes()
-    for task in module_tasks(only):
+    for task in (*module_tasks(only), *observing_tasks(only)):
         add(task)
     report.lines += [own_line(row, pairs, patience) for row in own_rows(only)]
     report.lines += memory

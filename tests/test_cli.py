@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import manyheads as mh
-from manyheads import benchmark, cli, commands, demo_models
+from manyheads import benchmark, cli, commands, demo_models, head_commands
 from manyheads.errors import ArgumentError, FetchError
 
 WORDS = ["<unk>", "<s>", "the", "capital", "of", "Portugal", "is", "Lisbon", "?"]
@@ -73,7 +73,7 @@ def test_generate_answers_with_a_model_of_yours(run, tiny_model):
 
 def test_see_writes_a_page(run, tiny_model, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(commands.webbrowser, "open", opened.append)
+    monkeypatch.setattr(head_commands.webbrowser, "open", opened.append)
     file, page = tmp_path / "text.txt", tmp_path / "page.html"
     file.write_text("the capital of Portugal is Lisbon")
     arguments = ["see", str(file), "--model", str(tiny_model), "--output", str(page)]
@@ -134,7 +134,8 @@ def test_a_folder_without_a_model_is_one_clear_line(run, tmp_path):
 
 
 def test_a_missing_extra_is_one_clear_line(run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "manyheads.commands")
+    for name in ("manyheads.commands", "manyheads.head_commands"):
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "typer", None)
     status, _ = run("info")
     assert "pip install 'manyheads[cli]'" in status and "\n" not in status
@@ -146,7 +147,7 @@ def test_heads_says_what_heads_do(run, tiny_model, tmp_path, monkeypatch):
     assert "what its 6 heads do" in printed and "induction (" in printed
     text, given = tmp_path / "text.txt", []
     text.write_text("the capital of Portugal is Lisbon ? " * 400)
-    monkeypatch.setattr(commands, "report", lambda *inputs: given.append(inputs) or mh.Report(()))
+    monkeypatch.setattr(head_commands, "report", lambda *inputs: given.append(inputs) or mh.Report(()))
     assert run("heads", "--model", str(tiny_model), "--text", str(text))[0] == 0
     ((_, tokens),) = given
     assert tokens.shape == (1, 2048) and tokens[0, :8].tolist() == [2, 3, 4, 5, 6, 7, 8, 2]

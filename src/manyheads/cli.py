@@ -1,4 +1,4 @@
-"""The `manyheads` command. Its parts are in commands.py, which needs the `cli` extra."""
+"""The `manyheads` command. commands.py and head_commands.py hold it, and need the `cli` extra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from manyheads.errors import ManyHeadsError
 def main() -> None:
     """Run the command line; every error we raise on purpose becomes one clear line."""
     try:
-        from manyheads.commands import app
+        from manyheads.head_commands import app
     except ImportError as missing:
         sys.exit(
             f"manyheads: the command line needs a package that is not installed ({missing}). "
