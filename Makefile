@@ -9,7 +9,7 @@ SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE $(shell find src csrc
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
 .PHONY: venv install build demo test test-kernels test-neon test-browser check bench bench-peers \
-  wheel docs clean
+  pictures wheel docs clean
 
 venv: .venv/.requirements
 install: .venv/.installed
@@ -77,6 +77,10 @@ test-browser: install
 	  "On Debian or Ubuntu: apt-get install chromium; or make test-browser CHROMIUM=/path/to/it"; \
 	  exit 1; }
 	MANYHEADS_CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q tests/browser
+
+pictures: install
+	@test -n "$(CHROMIUM)" || { echo "make pictures needs Chromium: apt-get install chromium"; exit 1; }
+	MANYHEADS_CHROMIUM="$(CHROMIUM)" $(BIN)/python docs/pictures.py
 
 check: install test-kernels
 	$(BIN)/ruff format --check .
