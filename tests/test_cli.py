@@ -147,7 +147,9 @@ def test_heads_says_what_heads_do(run, tiny_model, tmp_path, monkeypatch):
     assert "what its 6 heads do" in printed and "induction (" in printed
     text, given = tmp_path / "text.txt", []
     text.write_text("the capital of Portugal is Lisbon ? " * 400)
-    monkeypatch.setattr(head_commands, "report", lambda *inputs: given.append(inputs) or mh.Report(()))
+    monkeypatch.setattr(
+        head_commands, "report", lambda *inputs: given.append(inputs) or mh.Report(())
+    )
     assert run("heads", "--model", str(tiny_model), "--text", str(text))[0] == 0
     ((_, tokens),) = given
     assert tokens.shape == (1, 2048) and tokens[0, :8].tolist() == [2, 3, 4, 5, 6, 7, 8, 2]
