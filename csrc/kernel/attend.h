@@ -83,6 +83,7 @@ struct AddToOut {
   }
 };
 
+// The weights of a block in place of its scores; only rows beside its core need the mask.
 template <int N>
 inline void weigh_block(const Workspace& work, const Block& block, Vec unit, const Vec (&base)[N],
                         Vec (&sum)[N]) {

@@ -17,7 +17,7 @@ inline bool packs_key(const Forward& call) {
 inline bool packs_value(const Forward& call) {
   return call.value_stride[2] != call.Dv || call.type != Type::float32;
 }
-// The two products in float32, on K and V as they lie in memory where that can be.
+// The two products and the weights in float32, on K and V as they lie in memory where that can be.
 struct Widened {
   using Keys = KeyValue;
   static int64_t query_floats(const Forward& call) { return call.D * kMaxLanes; }

@@ -102,7 +102,8 @@ template <int N, class Half, class Weight>
 inline void zip_weights(const Block& block, int64_t begin, int64_t end, Prefetcher& soon,
                         Pair* pairs, Weight weight) {
   constexpr int W = Vec::kLanes, L = N * W;
-  constexpr int kLines = 6;  // to a pair of rows: the tiles' products leave no time for it
+  // Lines fetched for each pair of rows: all that a block wants, since tile products fetch none.
+  constexpr int kLines = 6;
   const void* lines[kLines * kKeyPairs];
   soon.take(lines, kLines * ((end - begin) / 2), pairs);
   const auto scaled = [&](int64_t row, int n) {
