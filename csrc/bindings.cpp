@@ -28,6 +28,19 @@ constexpr auto parallel_for = [](int64_t first, int64_t last, int64_t grain, con
   torch::stable::parallel_for(first, last, grain, body);
 };
 
+// How many threads so many multiply-adds are worth. One more costs some microseconds to call in,
+// and where other programs keep its core busy, thousands. Changes no bit.
+int64_t threads_for(double multiply_adds) {
+  constexpr double kWorthAThread = 1 << 16;
+  const int64_t all = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(int64_t(multiply_adds / kWorthAThread), 1, all);
+}
+
+// As if the mask allowed all.
+double multiply_adds(const Forward& f) {
+  return double(f.B * f.Hq) * double(f.Lq) * double(f.Lk) * double(f.D + f.Dv);
+}
+
 void run_items(const Kernels& kernels, const Forward& f) {
   const auto prepare = [&](void* shared) { kernels.prepare(f, shared); };
   const auto begin = [&](void* scratch) { kernels.begin(f, scratch); };
@@ -35,7 +48,7 @@ void run_items(const Kernels& kernels, const Forward& f) {
     kernels.forward(f, item, likely_next, scratch, shared);
   };
   run_queue(kernels.num_items(f), {kernels.scratch_bytes(f), kernels.shared_bytes(f)},
-            torch::stable::get_num_threads(), prepare, begin, work, parallel_for);
+            threads_for(multiply_adds(f)), prepare, begin, work, parallel_for);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
@@ -68,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
 // fifth of the time or more, and the memory it takes is bearable. Changes no bit.
 bool should_split_keys(const Kernels& kernels, const Backward& b) {
   constexpr int64_t kMostBytes = int64_t(1) << 30;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_for(multiply_adds(b.forward));
   const int64_t units = kernels.num_stage_items(b, Stage::keys);
   const int64_t rounds = (units + threads - 1) / threads;
   return threads > 1 && units * 5 < rounds * threads * 4 && kernels.partial_bytes(b) <= kMostBytes;
@@ -78,7 +91,7 @@ void run_stages(const Kernels& kernels, Backward& b) {
   b.split_keys = should_split_keys(kernels, b);
   const size_t shared = whole_lines(kernels.backward_shared_bytes(b));
   const size_t each = whole_lines(kernels.backward_scratch_bytes(b));
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_for(multiply_adds(b.forward));
   const Scratch memory(shared + each * size_t(threads));
   b.shared = memory.data();
   for (const Stage stage : {Stage::start, Stage::rows, Stage::keys, Stage::finish}) {
@@ -116,7 +129,7 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
 void run_statistics(const StatisticsKernels& kernels, Statistics& s) {
   const size_t shared = whole_lines(kernels.shared_bytes(s));
   const size_t each = whole_lines(kernels.scratch_bytes(s));
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_for(multiply_adds(s.forward));
   const Scratch memory(shared + each * size_t(threads));
   s.shared = memory.data();
   const auto begin = [&](void* scratch) { kernels.begin(s, scratch); };
@@ -168,7 +181,7 @@ Tensor project_row(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   };
   run_queue(
       kernels.num_product_items(p), {p.width * int64_t(sizeof(float)), 0},
-      torch::stable::get_num_threads(), [](void*) {}, begin, work, parallel_for);
+      threads_for(double(p.rows) * double(p.width)), [](void*) {}, begin, work, parallel_for);
   return out;
 }
 

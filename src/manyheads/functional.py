@@ -333,7 +333,7 @@ def _requires_grad(call: AttentionCall) -> bool:
         return True
     if call.sinks is not None and call.sinks.requires_grad:
         return True
-    return any(part.requires_grad for part in call.bias.tensors)
+    return call.bias is not NO_BIAS and any(part.requires_grad for part in call.bias.tensors)
 
 
 def _transformed() -> bool:

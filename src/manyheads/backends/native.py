@@ -211,13 +211,14 @@ def _band(call: AttentionCall) -> tuple[list[int], Tensor | None]:
         int(plan.first_within_right),
         0,
     ]
-    per_batch: list[Tensor] = []
-    for i, number in enumerate(band):
-        if isinstance(number, Tensor):
-            per_batch.append(number.to(torch.int32))
-            band[i] = 0
-            band[-1] |= 1 << i
-    return band, torch.stack(per_batch) if per_batch else None
+    differing = [i for i, number in enumerate(band) if isinstance(number, Tensor)]
+    if not differing:
+        return band, None
+    rows = torch.stack([band[i].to(torch.int32) for i in differing])
+    for i in differing:
+        band[i] = 0
+        band[-1] |= 1 << i
+    return band, rows
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
