@@ -280,6 +280,7 @@ def prepare(
     batch, q_heads, q_len, head_dim = query.shape
     _, kv_heads, k_len, value_dim = value.shape
     dtype, device = query.dtype, query.device
+    device_type = "cpu" if query.is_cpu else device.type  # the name costs five times as much
 
     if scale is None:
         scale = head_dim**-0.5
@@ -310,7 +311,7 @@ def prepare(
     kinds = () if bias is NO_BIAS else bias.kinds
     pairs = dense_memory(plan, bias) if "dense" in kinds or plan.kind == "dense" else None
     fields = (
-        batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim, dtype, device.type, plan.kind,
+        batch, q_heads, kv_heads, q_len, k_len, head_dim, value_dim, dtype, device_type, plan.kind,
         kinds, softcap is not None, sinks is not None, dropout_p > 0.0, needs_grad, needs_lse,
         causal, transformed, transformed and _forward_mode(), pairs,
     )  # fmt: skip
