@@ -166,6 +166,46 @@ Measured attention_statistics(
   return measured;
 }
 
+// attention_forward with stats, and the statistics of the same call: in one walk over its tiles
+// where a tile's scores fit in a cache.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_measured(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, double softcap,
+    const OptionalTensor& sinks, const std::vector<int64_t>& band, const OptionalTensor& band_rows,
+    const OptionalTensor& query_positions, const OptionalTensor& intervals,
+    const OptionalTensor& allowed, const OptionalTensor& slopes,
+    const OptionalTensor& distance_values, int64_t distance_offset,
+    const OptionalTensor& dense_bias, const OptionalTensor& dropout_seed, double dropout_p,
+    bool need_lse, bool entropy, bool max_logit, bool mean_distance,
+    const std::vector<int64_t>& first_keys, const std::vector<int64_t>& offsets, int64_t top,
+    const std::vector<int64_t>& received, const std::vector<int64_t>& heat_map) {
+  const Choice choice = choose_kernels();
+  if (choice.kernels == nullptr) throw std::runtime_error(choice.error);
+  Statistics s{};
+  Forward& f = s.forward;
+  f = read_call(query, key, value, scale, softcap, sinks, band, band_rows, query_positions,
+                intervals, allowed, slopes, distance_values, distance_offset, dense_bias,
+                dropout_seed, dropout_p);
+  Tensor out = make_out(f);
+  Tensor lse = make_lse(f, need_lse);
+  Tensor stats = make_stats(f, true);
+  auto [rows, top_weights, top_keys, by_key, map] = make_measured(
+      s, entropy, max_logit, mean_distance, first_keys, offsets, top, received, heat_map);
+  const StatisticsKernels& kernels = choice.kernels->statistics;
+  if (f.B * f.Hq * f.Lq > 0) {
+    if (f.Lk == 0) {
+      fill_without_keys(f);
+    } else {
+      s.attends = kernels.keeps_scores(f);
+      if (!s.attends) {
+        run_items(*choice.kernels, f);
+        drop_values(f);
+      }
+      run_statistics(kernels, s);
+    }
+  }
+  return {out, lse, stats, rows, top_weights, top_keys, by_key, map};
+}
+
 // weight x + bias for one row x, in its dtype.
 Tensor project_row(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const Choice choice = choose_kernels();
@@ -275,6 +315,15 @@ STABLE_TORCH_LIBRARY(manyheads, m) {
       "bool mean_distance, SymInt[] first_keys, SymInt[] offsets, SymInt top, "
       "SymInt[] received, SymInt[] heat_map) -> "
       "(Tensor rows, Tensor top_weights, Tensor top_keys, Tensor received, Tensor heat_map)");
+  m.def(
+      "attention_measured(Tensor query, Tensor key, Tensor value, float scale, float softcap, "
+      "Tensor? sinks, SymInt[] band, Tensor? band_rows, Tensor? query_positions, "
+      "Tensor? intervals, Tensor? allowed, Tensor? slopes, Tensor? distance_values, "
+      "SymInt distance_offset, Tensor? dense_bias, Tensor? dropout_seed, float dropout_p, bool "
+      "need_lse, bool entropy, bool max_logit, bool mean_distance, SymInt[] first_keys, "
+      "SymInt[] offsets, SymInt top, SymInt[] received, SymInt[] heat_map) -> "
+      "(Tensor out, Tensor lse, Tensor stats, Tensor rows, Tensor top_weights, Tensor top_keys, "
+      "Tensor received, Tensor heat_map)");
   m.def("project_row(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("advise_large_pages(Tensor data) -> ()");
   m.def("fma_peak(float seconds, bool of_pairs=False) -> float");
@@ -286,6 +335,7 @@ STABLE_TORCH_LIBRARY_IMPL(manyheads, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&manyheads::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&manyheads::attention_backward));
   m.impl("attention_statistics", TORCH_BOX(&manyheads::attention_statistics));
+  m.impl("attention_measured", TORCH_BOX(&manyheads::attention_measured));
   m.impl("project_row", TORCH_BOX(&manyheads::project_row));
 }
 

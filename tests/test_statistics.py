@@ -76,9 +76,19 @@ def check(built: Built, case: Case, answers: tuple[Tensor, ...]) -> None:
         assert_close_to_oracle(answer, formula(exact), formula(plain), torch.float32)
 
 
+def in_two_passes(call: AttentionCall, needs_lse: bool, questions: tuple[object, ...]):
+    """`native.run_and_measure` as it is where scores are too many to be kept."""
+    out, lse, stats, scores = native.run_with_stats(call, needs_lse)
+    return out, lse, stats, scores, OPERATOR(stats, *scores, *questions)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
 @pytest.mark.parametrize("case", grid(), ids=str)
-def test_grid(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grid(case: Case, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scores kept by the forward pass, and computed again."""
     monkeypatch.setattr(functional, "_measure_blocks", lambda call, asked: _none(asked))
+    if not kept:
+        monkeypatch.setattr(native, "run_and_measure", in_two_passes)
     built = build(case)
     check(built, case, mh.measure(built.problem.query, built.problem.key, FORMULAS_HERE,
                                   **built.arguments))  # fmt: skip
@@ -107,6 +117,28 @@ def test_with_the_forward_pass(lengths: tuple[int, int], dtype: torch.dtype) -> 
     assert torch.equal(out, native.run(call)[0])
     for one, other in zip(answers, functional.measure_call(call, EVERYTHING), strict=True):
         assert all(map(torch.equal, tree_leaves(one), tree_leaves(other)))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("keys", [263, 8192, 8193], ids=str)
+def test_the_forward_pass_is_the_same_with_and_without(keys: int, dropout_p: float) -> None:
+    """Up to 8,192 keys a tile's scores are kept; both ways are one call."""
+    given = [torch.randn(2, heads, n, 8) for heads, n in ((6, 67), (3, keys), (3, keys))]
+    masking = (mh.Causal() & mh.Window(5000, 0), mh.Alibi())
+    call, *_ = prepare(*given, *masking, None, 3.0, torch.randn(6), dropout_p, None, True)
+    asked = (mh.Entropy(), mh.MaxLogit(), mh.TopKeys(5), mh.Received(), mh.HeatMap(5, 7))
+    results = []
+    for run in (native.run_and_measure, in_two_passes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "run_and_measure", run)
+            torch.manual_seed(3)
+            results.append(tree_leaves(functional.attend_and_measure(native.run, call, asked)))
+    torch.manual_seed(3)
+    out, lse = native.run(call)
+    for (first, second, *answers), again in (results, results[::-1]):
+        assert torch.equal(first, out) and torch.equal(second, lse)
+        for one, other in zip(answers, again[2:], strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_gradients_and_other_backends_are_left_to_pytorch() -> None:
@@ -210,13 +242,23 @@ def test_a_row_that_does_not_count_is_no_part_of_sums() -> None:
 
 def operator_arguments(case: Case, *asked: mh.Measure):
     call = call_of(case)
-    return arguments_of(OPERATOR, lambda: functional.measure_call(call, asked))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "run_and_measure", in_two_passes)
+        return arguments_of(OPERATOR, lambda: functional.measure_call(call, asked))
 
 
 @pytest.mark.parametrize("asked", [EVERYTHING, (mh.Entropy(),), (mh.TopKeys(3),)], ids=len)
 def test_opcheck(asked: tuple[mh.Measure, ...]) -> None:
     case = Case("lengths", "relative", (6, 2), lengths=(5, 41), sinks=True)
     torch.library.opcheck(OPERATOR, operator_arguments(case, *asked))
+
+
+def test_opcheck_with_the_forward_pass() -> None:
+    call = call_of(Case("lengths", "relative", (6, 2), lengths=(5, 41), sinks=True))
+    operator = torch.ops.manyheads.attention_measured.default
+    for asked in (EVERYTHING, (mh.Entropy(),)):
+        run = lambda asked=asked: functional.attend_and_measure(native.run, call, asked)  # noqa: E731
+        torch.library.opcheck(operator, arguments_of(operator, run))
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,14 @@ inline void make_logits(const Forward& call, const Tile& tile, Block& block,
   if (call.bias.dense) block.core_begin = block.core_end = block.begin;
 }
 
+// The block's logits, masked, for the statistics of rows whose maximum is not known yet.
+template <int N>
+inline void keep_scores(const Tile& tile, const Block& block, const float* scores) {
+  constexpr int W = Vec::kLanes, L = N * W;
+  float* const kept = tile.kept + block.key * L;
+  for (int64_t i = block.begin * L; i < block.end * L; i += W) store(kept + i, load(scores + i));
+}
+
 // out = out * factor + Vᵀ Pᵀ for the block's weights.
 template <int N>
 inline void add_values(const Forward& call, const Workspace& work, const KeyValue& kv,
@@ -217,6 +225,7 @@ void attend_block(const Forward& call, Tile& tile, const Workspace& work,
     take_max<N>(work.scores, block.core_begin, block.core_end, new_max);
     mask_scores<N>(tile, block, work, block.core_end, block.end, new_max);
   }
+  if (tile.kept) keep_scores<N>(tile, block, work.scores);
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) {
     base[n] = guarded(new_max[n]);

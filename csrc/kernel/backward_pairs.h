@@ -287,9 +287,16 @@ void pair_statistics(const Statistics& stats, Stage stage, int64_t item, void* s
   Unit::end_item();
 }
 
+// Scores are cheap here: computing them again takes no longer than keeping them.
+template <class Unit>
+bool pairs_keep_scores(const Forward& call) {
+  return !multiplies<Unit>(call) && keeps_scores(call);
+}
+
 template <class Unit>
 constexpr StatisticsKernels kPairStatistics{
-    statistics_shared_bytes, pair_statistics_scratch_bytes<Unit>, num_statistics_items,
-    pair_statistics_begin<Unit>, pair_statistics<Unit>};
+    statistics_shared_bytes, pair_statistics_scratch_bytes<Unit>,
+    num_statistics_items,    pair_statistics_begin<Unit>,
+    pair_statistics<Unit>,   pairs_keep_scores<Unit>};
 
 }  // namespace

@@ -244,6 +244,27 @@ inline void forget_slots(const Forward& call, void* memory) {
   for (int64_t i = 0; i < num_slots<Products>(call); ++i) scratch.work.slots[i].head = -1;
 }
 
+// An item's tiles, started and packed, walk `keys`, the hull of what they see, and are finished.
+template <class Products>
+inline void attend_tiles(const Forward& call, const Workspace& work, const Item& item, Tile* tiles,
+                         int num_tiles, Range keys, int64_t likely_next) {
+  for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
+    const auto kv = load_block<Products>(call, work, item.b, item.hkv, key, keys);
+    fetch_ahead<Products>(call, work, item, key, keys, likely_next);
+    const bool span_ends = (key + kBlock) % kSpan == 0 || key + kBlock >= keys.end;
+    for (int i = 0; i < num_tiles; ++i) {
+      Tile& tile = tiles[i];
+      if (key < tile.keys.end && key + kBlock > tile.keys.begin) {
+        if (tile.vectors == 3) attend_block<3, Products>(call, tile, work, kv, key);
+        if (tile.vectors == 2) attend_block<2, Products>(call, tile, work, kv, key);
+        if (tile.vectors == 1) attend_block<1, Products>(call, tile, work, kv, key);
+      }
+      if (call.Lk > kSpan && span_ends) merge(call, tile.lanes(), tile.inner, tile.outer);
+    }
+  }
+  for (int i = 0; i < num_tiles; ++i) finish_tile(call, tiles[i]);
+}
+
 // `likely_next` is a guess at the item this thread will be given next; its queries are fetched
 // ahead.
 template <class Products = Widened>
@@ -265,22 +286,7 @@ inline void attend_item(const Forward& call, int64_t index, int64_t likely_next,
     if (tile.keys.begin < keys.begin) keys.begin = tile.keys.begin;
     if (tile.keys.end > keys.end) keys.end = tile.keys.end;
   }
-
-  for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
-    const auto kv = load_block<Products>(call, scratch.work, item.b, item.hkv, key, keys);
-    fetch_ahead<Products>(call, scratch.work, item, key, keys, likely_next);
-    const bool span_ends = (key + kBlock) % kSpan == 0 || key + kBlock >= keys.end;
-    for (int i = 0; i < num_tiles; ++i) {
-      Tile& tile = scratch.tiles[i];
-      if (key < tile.keys.end && key + kBlock > tile.keys.begin) {
-        if (tile.vectors == 3) attend_block<3, Products>(call, tile, scratch.work, kv, key);
-        if (tile.vectors == 2) attend_block<2, Products>(call, tile, scratch.work, kv, key);
-        if (tile.vectors == 1) attend_block<1, Products>(call, tile, scratch.work, kv, key);
-      }
-      if (call.Lk > kSpan && span_ends) merge(call, tile.lanes(), tile.inner, tile.outer);
-    }
-  }
-  for (int i = 0; i < num_tiles; ++i) finish_tile(call, scratch.tiles[i]);
+  attend_tiles<Products>(call, scratch.work, item, scratch.tiles, num_tiles, keys, likely_next);
 }
 
 }  // namespace

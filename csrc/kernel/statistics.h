@@ -60,8 +60,7 @@ inline void find_map_rows(const Statistics& stats, const RowSpan& span, double* 
 inline void start_measured_tile(const Statistics& stats, const RowSpan& span, double* map_sums,
                                 MeasuredTile& t) {
   const Forward& call = stats.forward;
-  Tile& tile = *t.tile;
-  place_lanes(call, tile);
+  const Tile& tile = *t.tile;
   t.low = t.high = tile.position[0];
   t.broken = false;
   for (int lane = 0; lane < tile.lanes(); ++lane) {
@@ -175,6 +174,17 @@ inline void add_lanes(const Forward& call, const float* received, int64_t rows, 
   }
 }
 
+// The forward pass of a group's tiles, whose scores stay for what is measured.
+template <class Products>
+inline void attend_stacked(const Forward& call, const Workspace& work, const Item& stacked,
+                           const StatisticsScratch& scratch, int num_tiles, Range keys) {
+  const int64_t heads = stacked_heads(call), group = call.Hq / call.Hkv;
+  for (int i = 0; i < num_tiles; ++i) clear_results(call, *scratch.tiles[i].tile);
+  const Item item{stacked.b, stacked.hkv, stacked.first / heads * group,
+                  ceil_div(stacked.end, heads) * group};
+  attend_tiles<Products>(call, work, item, scratch.forward.tiles, num_tiles, keys, -1);
+}
+
 // Stacked queries [first, end) of a span, tiles that walk the keys together.
 template <class Products>
 inline void measure_group(const Statistics& stats, const RowSpan& span, int64_t first, int64_t end,
@@ -182,25 +192,29 @@ inline void measure_group(const Statistics& stats, const RowSpan& span, int64_t 
   const Forward& call = stats.forward;
   const Workspace& work = scratch.forward.work;
   const int64_t heads = stacked_heads(call), lanes = tile_vectors(call) * Vec::kLanes;
+  const int64_t hkv = span.head / (call.Hq / call.Hkv), group_first = first;
   int num_tiles = 0;
   Range keys{int32_t(call.Lk), 0};
   for (; first < end; first += lanes) {
     const int64_t tile_end = minimum(first + lanes, end);
-    if (!any_wanted(stats, first / heads, (tile_end - 1) / heads + 1)) continue;
-    MeasuredTile& t = scratch.tiles[num_tiles++];
-    name_stacked_lanes(call, span, first, tile_end, *t.tile);
-    start_measured_tile(stats, span, scratch.map_sums, t);
-    Products::pack(call, *t.tile);
-    if (t.tile->keys.begin < keys.begin) keys.begin = t.tile->keys.begin;
-    if (t.tile->keys.end > keys.end) keys.end = t.tile->keys.end;
+    const bool wanted = any_wanted(stats, first / heads, (tile_end - 1) / heads + 1);
+    if (!wanted && !stats.attends) continue;
+    Tile& tile = *scratch.tiles[num_tiles++].tile;
+    name_stacked_lanes(call, span, first, tile_end, tile);
+    place_lanes(call, tile);
+    Products::pack(call, tile);
+    if (tile.keys.begin < keys.begin) keys.begin = tile.keys.begin;
+    if (tile.keys.end > keys.end) keys.end = tile.keys.end;
   }
   if (num_tiles == 0) return;
-  const int64_t hkv = scratch.tiles[0].tile->hkv;
-  const Item item{span.b, hkv, 0, 0};
+  const Item item{span.b, hkv, group_first, end};
+  if (stats.attends) attend_stacked<Products>(call, work, item, scratch, num_tiles, keys);
+  for (int i = 0; i < num_tiles; ++i)
+    start_measured_tile(stats, span, scratch.map_sums, scratch.tiles[i]);
   for (int64_t key = keys.begin / kBlock * kBlock; key < keys.end; key += kBlock) {
     const auto kv = load_block<Products>(call, work, span.b, hkv, key, keys);
     work.soon->clear();
-    want_block<Products>(call, work, item, key + kBlock, keys);
+    if (!stats.attends) want_block<Products>(call, work, item, key + kBlock, keys);
     for (int64_t i = 0; stats.received && i < kBlock * Vec::kLanes; i += Vec::kLanes)
       store(scratch.received + i, zero());
     const bool span_ends = (key + kBlock) % kSumSpan == 0 || key + kBlock >= keys.end;
@@ -232,8 +246,8 @@ template <class Products>
 inline void measure_span(const Statistics& stats, int64_t item, void* memory) {
   const Forward& call = stats.forward;
   const StatisticsScratch scratch = lay_out<Products>(stats, memory);
-  const RowSpan span = find_row_span(call, item);
-  const int64_t heads = stacked_heads(call), of_map = map_size(stats), lanes = group_lanes(call);
+  const RowSpan span = find_row_span(stats, item);
+  const int64_t heads = stacked_heads(call), of_map = map_size(stats), lanes = group_lanes(stats);
   const int64_t of_keys = stats.received ? call.Lk : 0;
   for (int64_t i = 0; i < heads * of_keys; ++i) scratch.received_sums[i] = 0;
   for (int64_t i = 0; i < heads * of_map; ++i) scratch.map_sums[i] = 0;
@@ -249,7 +263,7 @@ inline void measure_span(const Statistics& stats, int64_t item, void* memory) {
 inline void finish_head(const Statistics& stats, int64_t head) {
   const Forward& call = stats.forward;
   const SharedSums sums = lay_out_sums(stats);
-  const int64_t spans = num_row_spans(call), all = call.B * call.Hq;
+  const int64_t spans = num_row_spans(stats), all = call.B * call.Hq;
   for (int64_t key = 0; stats.received && key < call.Lk; ++key) {
     const float* part = sums.received + head * call.Lk + key;
     double sum = 0;
@@ -283,7 +297,7 @@ int64_t statistics_scratch_bytes(const Statistics& stats) {
 
 int64_t num_statistics_items(const Statistics& stats, Stage stage) {
   const Forward& call = stats.forward;
-  if (stage == Stage::rows) return num_stacks(call) * num_row_spans(call);
+  if (stage == Stage::rows) return num_stacks(call) * num_row_spans(stats);
   return stage == Stage::finish && (stats.received || stats.heat_map) ? call.B * call.Hq : 0;
 }
 
@@ -300,7 +314,11 @@ void statistics(const Statistics& stats, Stage stage, int64_t item, void* scratc
   run_statistics<Widened>(stats, stage, item, scratch);
 }
 
-constexpr StatisticsKernels kStatistics{statistics_shared_bytes, statistics_scratch_bytes,
-                                        num_statistics_items, statistics_begin, statistics};
+constexpr StatisticsKernels kStatistics{statistics_shared_bytes,
+                                        statistics_scratch_bytes,
+                                        num_statistics_items,
+                                        statistics_begin,
+                                        statistics,
+                                        keeps_scores};
 
 }  // namespace

@@ -256,19 +256,24 @@ void measure_block(const Statistics& stats, MeasuredTile& t, const Workspace& wo
   Tile& tile = *t.tile;
   Block block;
   if (!find_block(call, tile, work, key_of_block, block)) return;
-  Products::template compute_scores<N>(call, tile, work, kv, block, nullptr);
-  make_logits<N>(call, tile, block, work);
   Vec largest[N], sum[N];
 #pragma GCC unroll 3
   for (int n = 0; n < N; ++n) {
     largest[n] = load(t.largest + n * Vec::kLanes);
     sum[n] = zero();
   }
-  mask_scores<N>(tile, block, work, block.begin, block.core_begin, largest);
-  mask_scores<N>(tile, block, work, block.core_end, block.end, largest);
-  float* const scores = work.scores;
+  float* const scores = tile.kept ? tile.kept + key_of_block * (N * Vec::kLanes) : work.scores;
+  if (tile.kept) {
+    if (call.bias.dense) block.core_begin = block.core_end = block.begin;
+    if (stats.max_logit) take_max<N>(scores, block.begin, block.end, largest);
+  } else {
+    Products::template compute_scores<N>(call, tile, work, kv, block, nullptr);
+    make_logits<N>(call, tile, block, work);
+    mask_scores<N>(tile, block, work, block.begin, block.core_begin, largest);
+    mask_scores<N>(tile, block, work, block.core_end, block.end, largest);
+    if (stats.max_logit) take_max<N>(scores, block.core_begin, block.core_end, largest);
+  }
   if (stats.max_logit) {
-    take_max<N>(scores, block.core_begin, block.core_end, largest);
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) store(t.largest + n * Vec::kLanes, largest[n]);
   }

@@ -26,26 +26,37 @@ inline int64_t stacked_heads(const Forward& call) {
 inline int64_t num_stacks(const Forward& call) { return call.B * call.Hq / stacked_heads(call); }
 inline int64_t stacked_queries(const Forward& call) { return call.Lq * stacked_heads(call); }
 
+// Scores that the forward pass keeps for the statistics should not leave the second cache.
+constexpr int64_t kKeptScores = int64_t(3) << 17;
+inline int64_t kept_scores(const Forward& call) {  // of one tile
+  return ceil_div(call.Lk, kBlock) * kBlock * tile_vectors(call) * Vec::kLanes;
+}
+bool keeps_scores(const Forward& call) { return call.Lk > 0 && kept_scores(call) <= kKeptScores; }
+
 // Tiles that walk the keys together.
-inline int64_t group_tiles(const Forward& call) { return kItemVectors / tile_vectors(call); }
-inline int64_t group_lanes(const Forward& call) {
-  return group_tiles(call) * tile_vectors(call) * Vec::kLanes;
+inline int64_t group_tiles(const Statistics& stats) {
+  const int64_t most = kItemVectors / tile_vectors(stats.forward);
+  return stats.attends ? minimum(most, kKeptScores / kept_scores(stats.forward)) : most;
+}
+inline int64_t group_lanes(const Statistics& stats) {
+  return group_tiles(stats) * tile_vectors(stats.forward) * Vec::kLanes;
 }
 // A whole number of groups.
-inline int64_t span_lanes(const Forward& call) {
-  const int64_t groups = ceil_div(stacked_queries(call), group_lanes(call));
-  return ceil_div(groups, kMaxRowSpans) * group_lanes(call);
+inline int64_t span_lanes(const Statistics& stats) {
+  const int64_t groups = ceil_div(stacked_queries(stats.forward), group_lanes(stats));
+  return ceil_div(groups, kMaxRowSpans) * group_lanes(stats);
 }
-inline int64_t num_row_spans(const Forward& call) {
-  return ceil_div(stacked_queries(call), span_lanes(call));
+inline int64_t num_row_spans(const Statistics& stats) {
+  return ceil_div(stacked_queries(stats.forward), span_lanes(stats));
 }
 
 // Stacked queries [first, end) of heads head, head + 1, ... of b.
 struct RowSpan {
   int64_t b, head, index, first, end;
 };
-inline RowSpan find_row_span(const Forward& call, int64_t item) {
-  const int64_t spans = num_row_spans(call), stack = item / spans, lanes = span_lanes(call);
+inline RowSpan find_row_span(const Statistics& stats, int64_t item) {
+  const Forward& call = stats.forward;
+  const int64_t spans = num_row_spans(stats), stack = item / spans, lanes = span_lanes(stats);
   const int64_t per_batch = call.Hq / stacked_heads(call);
   const int64_t index = spans - 1 - item % spans;  // late queries first, as find_item has them
   return {stack / per_batch, stack % per_batch * stacked_heads(call), index, index * lanes,
@@ -61,12 +72,12 @@ inline int64_t cell_of(const Pooling& pooling, int64_t index) {
 inline int64_t cells_per_span(const Statistics& stats) {
   const Pooling& pooled = stats.pooled_rows;
   if (!stats.heat_map || pooled.end == pooled.begin) return 0;
-  const int64_t rows = span_lanes(stats.forward) / stacked_heads(stats.forward);
+  const int64_t rows = span_lanes(stats) / stacked_heads(stats.forward);
   return minimum(pooled.cells, rows * pooled.cells / (pooled.end - pooled.begin) + 2);
 }
 inline int64_t first_cell(const Statistics& stats, int64_t span) {
   const Pooling& pooled = stats.pooled_rows;
-  const int64_t rows = span_lanes(stats.forward) / stacked_heads(stats.forward);
+  const int64_t rows = span_lanes(stats) / stacked_heads(stats.forward);
   const int64_t row = minimum(maximum(span * rows, pooled.begin), pooled.end - 1);
   return minimum(cell_of(pooled, row), pooled.cells - cells_per_span(stats));
 }
@@ -84,7 +95,7 @@ inline SharedSums lay_out_sums(const Statistics& stats) {
   const Forward& call = stats.forward;
   Arena arena{static_cast<char*>(stats.shared)};
   SharedSums sums;
-  const int64_t heads = num_row_spans(call) * call.B * call.Hq;
+  const int64_t heads = num_row_spans(stats) * call.B * call.Hq;
   sums.received = arena.take<float>(stats.received ? heads * call.Lk : 0);
   sums.heat_map = arena.take<float>(heads * map_size(stats));
   sums.bytes = arena.used;
@@ -138,6 +149,8 @@ inline StatisticsScratch lay_out(const Statistics& stats, void* start) {
   scratch.received = arena.take<float>(stats.received ? kBlock * Vec::kLanes : 0);
   scratch.received_sums = arena.take<double>(stats.received ? heads * call.Lk : 0);
   scratch.map_sums = arena.take<double>(heads * map_size(stats));
+  const int64_t kept = stats.attends ? kept_scores(call) : 0;
+  float* const scores_kept = arena.take<float>(kept * group_tiles(stats));
   for (int i = 0; i < kMaxTiles; ++i) {
     float* scores = arena.take<float>(stats.top * kMaxLanes);
     int32_t* keys = arena.take<int32_t>(stats.top * kMaxLanes);
@@ -145,6 +158,7 @@ inline StatisticsScratch lay_out(const Statistics& stats, void* start) {
     scratch.tiles[i].tile = &scratch.forward.tiles[i];
     scratch.tiles[i].top_scores = scores;
     scratch.tiles[i].top_keys = keys;
+    scratch.tiles[i].tile->kept = kept && i < group_tiles(stats) ? scores_kept + i * kept : nullptr;
   }
   scratch.bytes = arena.used;
   return scratch;

@@ -62,6 +62,7 @@ struct Tile {
   Range keys;    // hull of all lanes' keys
   float* query;  // [D][lanes], or as pairs.h packs it
   Partial inner, outer;
+  float* kept;  // [Lk][lanes], where its scores are to stay for the statistics, or null
   alignas(64) int32_t row[kMaxLanes], head[kMaxLanes];  // of each lane
   alignas(64) int32_t position[kMaxLanes];
   alignas(64) int32_t begin[kMaxRanges][kMaxLanes], end[kMaxRanges][kMaxLanes];
@@ -240,11 +241,16 @@ inline void place_tile(const Forward& call, Tile& tile) {
   place_lanes(call, tile);
 }
 
-// As place_tile, and clears the tile's results.
-inline void start_tile(const Forward& call, Tile& tile) {
-  place_tile(call, tile);
+inline void clear_results(const Forward& call, Tile& tile) {
   clear(tile.inner, tile.lanes(), call.Dv);
   if (call.Lk > kSpan) clear(tile.outer, tile.lanes(), call.Dv);
+}
+
+// As place_tile, and clears the tile's results.
+inline void start_tile(const Forward& call, Tile& tile) {
+  tile.kept = nullptr;
+  place_tile(call, tile);
+  clear_results(call, tile);
 }
 
 }  // namespace

@@ -4,8 +4,9 @@
 and numbers, and returns `(out, lse, stats)`; lse and stats are empty tensors when they were not
 asked for. `attention_backward` takes the same and what flows back, and returns the gradients whose
 bits are set in `needs`, empty tensors for the others. `attention_statistics` takes a call's stats
-and what makes its scores, and measures its weights (csrc/attention.h: Statistics). Their results
-have no gradient here: _autograd.py ties the first two together. `project_row` is weight x + bias
+and what makes its scores, and measures its weights (csrc/attention.h: Statistics);
+`attention_measured` is the forward pass and that in one. Their results have no gradient here:
+_autograd.py ties the first two together. `project_row` is weight x + bias
 for one row x, and has none.
 
 When the library is absent or does not load, importing manyheads still works: `LIBRARY_ERROR` says
@@ -127,8 +128,17 @@ def _new_heads(like: Tensor, width: int, dtype: torch.dtype = torch.float32) -> 
 def _fake_statistics(
     stats: Tensor, query: Tensor, key: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
+    return _fake_answers(query, key, *arguments[-8:])
+
+
+def _fake_measured(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    forward = (query, key, *arguments[:-8], True)  # with stats
+    return (*_fake_forward(*forward), *_fake_answers(query, key, *arguments[-8:]))
+
+
+def _fake_answers(query: Tensor, key: Tensor, *questions: Any) -> tuple[Tensor, ...]:
     batch, heads, rows, _ = query.shape
-    *flags, first_keys, offsets, top, received, heat_map = arguments[12:]
+    *flags, first_keys, offsets, top, received, heat_map = questions
     per_row = sum(flags) + len(first_keys) + len(offsets)
     tops = (batch, heads, rows, top) if top else (0,)
     by_key = (batch, heads, key.shape[2]) if received else (0,)
@@ -271,12 +281,14 @@ def _register() -> None:
     torch.library.register_fake(forward, _fake_forward)
     torch.library.register_fake(backward, _fake_backward)
     torch.library.register_fake("manyheads::attention_statistics", _fake_statistics)
+    torch.library.register_fake("manyheads::attention_measured", _fake_measured)
     torch.library.register_vmap(forward, _vmap_forward)
     torch.library.register_vmap(backward, _vmap_backward)
     torch.library.register_fake("manyheads::project_row", _fake_project_row)
     register_flop_formula(torch.ops.manyheads.attention_forward)(_forward_flops)
     register_flop_formula(torch.ops.manyheads.attention_backward)(_backward_flops)
     register_flop_formula(torch.ops.manyheads.attention_statistics)(_statistics_flops)
+    register_flop_formula(torch.ops.manyheads.attention_measured)(_forward_flops)
 
 
 #: Why there is no native library in this process, or None if there is.

@@ -110,7 +110,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 def can_measure(call: AttentionCall) -> bool:
-    """Whether `stats_of` and the statistics operator can take the call, whose value is not read.
+    """Whether the statistics operators can take the call, whose value is not read.
 
     They have no gradient: where one may be wanted they cannot.
 
@@ -149,18 +149,34 @@ def run_with_stats(
     """
     arguments = _arguments(call)
     results = torch.ops.manyheads.attention_forward.default(*arguments, needs_lse, True)
+    return (*results, _of_scores(arguments))
+
+
+def run_and_measure(
+    call: AttentionCall, needs_lse: bool, questions: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...], tuple[Tensor, ...]]:
+    """`run_with_stats`, and what the statistics operator answers to its last arguments.
+
+    In one walk over the tiles, where a tile's scores fit in a cache and are kept there.
+    """
+    arguments = _arguments(call)
+    operator = torch.ops.manyheads.attention_measured.default
+    out, lse, stats, *answers = operator(*arguments, needs_lse, *questions)
+    return out, lse, stats, _of_scores(arguments), tuple(answers)
+
+
+def _of_scores(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments without the value and the dropout: those of the statistics operator."""
     query, key, _, *others = arguments
-    return (*results, (query, key, *others[:-2]))
+    return query, key, *others[:-2]
 
 
-def stats_of(call: AttentionCall, needs_lse: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """(lse, stats, arguments) of `run_with_stats`; the call's value is not read.
+def without_value(call: AttentionCall) -> AttentionCall:
+    """The call of which only the weights are asked: its value is not read.
 
     A value of one column: the product with it is next to nothing beside the scores.
     """
-    scores = replace(call, value=call.key[..., :1], dropout_p=0.0)
-    _, lse, stats, arguments = run_with_stats(scores, needs_lse)
-    return lse, stats, arguments
+    return replace(call, value=call.key[..., :1], dropout_p=0.0)
 
 
 def _arguments(call: AttentionCall) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 """Measures by our own kernels: what each asks of the statistics operator, and what it makes of it.
 
-The operator takes each row's maximum and sum from a forward pass, computes the scores once more and
-measures all that one pass can: of most measures one each, so that a second heat map is a second
-pass. `WeightRows` stays in PyTorch, being a few rows of the definition itself, and so does
+The operator measures all that one pass can, with the forward pass that finds each row's maximum and
+sum: of most measures one each. A second heat map, say, is a second pass, which computes the scores
+once more. `WeightRows` stays in PyTorch, being a few rows of the definition itself, and so does
 `HeadSimilarity`, which compares heads that the kernel does not have side by side. So does whatever
 a gradient is wanted of, and float64.
 """
@@ -51,8 +51,7 @@ def answered_here(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Meas
 
 def measure(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, ...]:
     """Answers to measures of `answered_here`; the call's value is not read."""
-    lse, stats, scores = native.stats_of(call, LogSumExp() in asked)
-    return _answer(call, asked, lse, stats, scores)
+    return attend_and_measure(native.without_value(call), asked)[2]
 
 
 def leaves_stats(run: Run, call: AttentionCall) -> bool:
@@ -65,8 +64,20 @@ def attend_and_measure(
 ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
     """(out, lse if the call needs it, answers to measures of `answered_here`)."""
     needs_lse = call.needs_lse or LogSumExp() in asked
-    out, lse, stats, scores = native.run_with_stats(call, needs_lse)
-    return out, lse if call.needs_lse else None, _answer(call, asked, lse, stats, scores)
+    questions, taken = _next_pass([one for one in asked if one != LogSumExp()], call)
+    answers: dict[Measure, Any] = {}
+    if taken:
+        out, lse, stats, scores, results = native.run_and_measure(
+            call, needs_lse, questions.arguments()
+        )
+        answers = _sorted_out(questions, taken, call, results)
+    else:
+        out, lse, stats, scores = native.run_with_stats(call, needs_lse)
+    return (
+        out,
+        lse if call.needs_lse else None,
+        _answer(call, asked, lse, stats, scores, answers),
+    )
 
 
 @dataclass(slots=True)
@@ -81,6 +92,10 @@ class _Questions:
     top: int = 0
     received: tuple[int, ...] = ()  # from which row on
     heat_map: tuple[int, ...] = ()  # begin, end and cells of rows, then of keys
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The operator's last ones."""
+        return tuple(getattr(self, name) for name in self.__slots__)
 
     def rows(self) -> list[Measure]:
         """The measures of rows, in the order of the operator's answers to them."""
@@ -116,22 +131,38 @@ class _Questions:
         return True
 
 
+def _next_pass(left: list[Measure], call: AttentionCall) -> tuple[_Questions, list[Measure]]:
+    """What one more pass is asked, and the measures that answers."""
+    questions = _Questions()
+    return questions, [one for one in left if questions.take(one, call)]
+
+
 def _answer(
-    call: AttentionCall, asked: tuple[Measure, ...], lse: Tensor, stats: Tensor, scores: _Scores
+    call: AttentionCall,
+    asked: tuple[Measure, ...],
+    lse: Tensor,
+    stats: Tensor,
+    scores: _Scores,
+    known: dict[Measure, Any],
 ) -> tuple[Any, ...]:
-    answers: dict[Measure, Any] = {LogSumExp(): lse}
-    left = [one for one in asked if one not in answers]
-    while left:
-        questions = _Questions()
-        taken = [one for one in left if questions.take(one, call)]
-        left = [one for one in left if one not in taken]
+    """All answers: those known, and as many passes as the others take."""
+    answers = {LogSumExp(): lse, **known}
+    while left := [one for one in asked if one not in answers]:
+        questions, taken = _next_pass(left, call)
         results = torch.ops.manyheads.attention_statistics.default(
-            stats, *scores, *(getattr(questions, name) for name in questions.__slots__)
+            stats, *scores, *questions.arguments()
         )
-        rows, *others = results
-        answers.update(zip(questions.rows(), rows.unbind(), strict=True))
-        answers.update((one, _finish(one, call, *others)) for one in taken if one not in answers)
+        answers |= _sorted_out(questions, taken, call, results)
     return tuple(answers[one] for one in asked)
+
+
+def _sorted_out(
+    questions: _Questions, taken: list[Measure], call: AttentionCall, results: tuple[Tensor, ...]
+) -> dict[Measure, Any]:
+    """One pass's results by measure."""
+    rows, *others = results
+    answers: dict[Measure, Any] = dict(zip(questions.rows(), rows.unbind(), strict=True))
+    return answers | {one: _finish(one, call, *others) for one in taken if one not in answers}
 
 
 def _finish(
