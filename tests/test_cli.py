@@ -1,7 +1,9 @@
 """The command line, the model fetching behind it (without a network), and the timing routine."""
 
 import hashlib
+import struct
 import sys
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import manyheads as mh
-from manyheads import benchmark, cli, commands, demo_models, head_commands
+from manyheads import benchmark, cli, commands, demo_models, head_commands, inspect
 from manyheads.errors import ArgumentError, FetchError
 
 WORDS = ["<unk>", "<s>", "the", "capital", "of", "Portugal", "is", "Lisbon", "?"]
@@ -83,6 +85,34 @@ def test_see_writes_a_page(run, tiny_model, tmp_path, monkeypatch):
     assert opened == [page.as_uri()]
     html = page.read_text()
     assert '"model.layers.1.self_attn"' in html and html.count('"layers":') == 2
+
+
+def test_see_serves_a_page(run, tiny_model, tmp_path, monkeypatch):
+    """While it serves, a request; then Ctrl-C."""
+    answers, opened = [], []
+    monkeypatch.setattr(head_commands.webbrowser, "open", opened.append)
+
+    def serve_forever(server):
+        with server:
+            for path in ("", "row?input=1&layer=1&head=2&row=4"):
+                answers.append(urllib.request.urlopen(server.url + path, timeout=20).read())
+
+    monkeypatch.setattr(inspect.Server, "serve_forever", serve_forever)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["see", "the capital of Portugal", "--model", str(tiny_model), "--serve"]
+    status, printed = run(*arguments, "--compare", "is Lisbon the capital ?", "--open")
+    assert status == 0
+    assert opened == printed.split()[:1] and printed.startswith("http://127.0.0.1:")
+    assert "4 tokens, 0.0 MB of queries and keys; Ctrl-C" in printed
+    assert answers[0].count(b'"layers":') == 2
+    assert sum(struct.unpack("<5f", answers[1])) == pytest.approx(1)
+    assert not list(tmp_path.iterdir())
+    status, _ = run(*arguments, "--output", "page.html")
+    assert "--output too" in status
+    monkeypatch.setattr(head_commands, "_read", lambda *given: answers.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*arguments, "--compare", "is", "--keep-megabytes", "7")
+    assert answers[-1][-1] == 3.5  # of both texts together
 
 
 def test_see_says_what_is_wrong(run, tiny_model, tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,10 +20,13 @@ from manyheads.inspect import (
     HeatMap,
     MeanDistance,
     OffsetMass,
+    Page,
     Seen,
+    Server,
     TopKeys,
     observe,
     report,
+    serve,
     view,
 )
 
@@ -75,15 +79,57 @@ def see(
         typer.Option("--compare", metavar="TEXT_OR_FILE", help="Another text, side by side."),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="PAGE", help="Where to write the page.")
-    ] = Path("attention.html"),
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="PAGE", help="Where to write it. Default: attention.html."
+        ),
+    ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+    served: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Show the page at 127.0.0.1 instead, every zoom and token exact.",
+        ),
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", help="Where --serve listens. Default: at a free port.")
+    ] = 0,
+    keep_megabytes: Annotated[
+        int,
+        typer.Option("--keep-megabytes", min=1, help="How much --serve may keep in memory."),
+    ] = 2000,
 ) -> None:
     """What a model's heads attend to in a text, as one HTML page."""
+    if served and output is not None:
+        raise ArgumentError(
+            "--serve writes no page: got --output too; expected one of them; leave out the other"
+        )
     texts = [_text(one) for one in (text, compare) if one is not None]
     loaded = load_model(model, "manyheads")
-    first, *other = [_read(loaded, one) for one in texts]
-    page = view(*first, compare=other[0] if other else None, title=loaded.name)
+    keep = keep_megabytes / len(texts) if served else None
+    first, *other = [_read(loaded, one, keep) for one in texts]
+    given: dict[str, Any] = {"compare": other[0] if other else None, "title": loaded.name}
+    if served:
+        _serve(serve(*first, **given, port=port), len(first[1]), open_page)
+        return
+    path = _saved(view(*first, **given), output or Path("attention.html"), len(first[1]))
+    if open_page:
+        webbrowser.open(path.as_uri())
+
+
+def _serve(server: Server, tokens: int, open_page: bool) -> None:
+    """Say where it is, and answer until Ctrl-C."""
+    kept = f"{server.kept_bytes / 1e6:,.1f} MB of queries and keys"
+    typer.echo(f"{server.url} ({tokens:,} tokens, {kept}; Ctrl-C ends it)")
+    sys.stdout.flush()  # also into a pipe
+    if open_page:
+        webbrowser.open(server.url)
+    server.serve_forever()
+
+
+def _saved(page: Page, output: Path, tokens: int) -> Path:
+    """Write the page, and say where it is."""
     try:
         path = page.save(output).resolve()
     except OSError as problem:
@@ -91,9 +137,8 @@ def see(
             f"the page cannot be written: got {str(output)!r} ({problem.strerror}); expected a "
             "file in a folder that is there; give another with --output"
         ) from problem
-    typer.echo(f"{path} ({len(page.html) / 1e6:.1f} MB, {len(first[1]):,} tokens)")
-    if open_page:
-        webbrowser.open(path.as_uri())
+    typer.echo(f"{path} ({len(page.html) / 1e6:.1f} MB, {tokens:,} tokens)")
+    return path
 
 
 def _text(text_or_file: str) -> str:
@@ -116,7 +161,9 @@ def _text(text_or_file: str) -> str:
     return text
 
 
-def _read(loaded: demo_models.LoadedModel, text: str) -> tuple[Seen, list[str]]:
+def _read(
+    loaded: demo_models.LoadedModel, text: str, keep_megabytes: float | None
+) -> tuple[Seen, list[str]]:
     """What the model's heads do while it reads the text, and its tokens."""
     inputs = loaded.tokenizer(text, return_tensors="pt")
     tokens = [loaded.tokenizer.decode([one]) for one in inputs["input_ids"][0].tolist()]
@@ -127,6 +174,6 @@ def _read(loaded: demo_models.LoadedModel, text: str) -> tuple[Seen, list[str]]:
             f"{limit:,}; shorten it, or give a model that reads more with --model"
         )
     # Without the head that predicts words, which would take more memory than all the rest.
-    with torch.no_grad(), observe(loaded.model, *_SEE) as seen:
+    with torch.no_grad(), observe(loaded.model, *_SEE, keep_megabytes=keep_megabytes) as seen:
         loaded.model.base_model(**inputs)
     return seen, tokens

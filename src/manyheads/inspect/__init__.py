@@ -24,6 +24,7 @@ from .picture import plot
 from .records import Record, Seen
 from .report import BEHAVIOURS, Behaviour, HeadScores, Report, report
 from .rollout import rollout
+from .serving import Server, serve
 from .steps import Step
 from .tracing import Trace, trace, trace_attention
 
@@ -46,6 +47,7 @@ __all__ = [
     "Record",
     "Report",
     "Seen",
+    "Server",
     "Step",
     "Top",
     "TopKeys",
@@ -58,6 +60,7 @@ __all__ = [
     "plot",
     "report",
     "rollout",
+    "serve",
     "trace",
     "trace_attention",
     "view",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.inspect import layers as choosing
 from manyheads.inspect.functional import attend_and_measure, measure_call
+from manyheads.inspect.keeping import Kept
 from manyheads.inspect.kernels import leaves_stats
 from manyheads.inspect.layers import Layers
 from manyheads.inspect.measures import Measure
@@ -44,6 +45,7 @@ def observe(
     *measures: Measure,
     layers: Layers | None = None,
     heads: int | Iterable[int] | None = None,
+    keep_megabytes: float | None = None,
 ) -> Observer:
     """Measure attention inside the block, in every call of every chosen layer of the model.
 
@@ -63,6 +65,8 @@ def observe(
         layers: paths or globs ("model.layers.[0-3].*") of layers, or of modules around them; or a
             function that says of each path whether it is wanted. None: all.
         heads: the query heads to measure. None: all.
+        keep_megabytes: keep the calls' queries and keys too, at most so many megabytes, so that
+            `inspect.serve` can compute any of their weights again. None: keep none.
 
     Returns:
         A context manager that gives a `Seen`.
@@ -70,7 +74,8 @@ def observe(
     Raises:
         ArgumentError: no measure; a model whose attention cannot be observed; layers that are not
             there. At the end of the block: the model ran, and nothing was recorded. In the model:
-            a head that a layer does not have, or a question that makes no sense for a call.
+            a head that a layer does not have, a question that makes no sense for a call, or more
+            queries and keys than may be kept.
         ArgumentTypeError: an argument of the wrong type.
 
     >>> import torch, manyheads as mh
@@ -81,7 +86,7 @@ def observe(
     >>> record[mh.Entropy()].shape, record[mh.TopKeys(3)].keys.shape
     (torch.Size([1, 2, 5]), torch.Size([1, 2, 5, 3]))
     """
-    return Observer(model, measures, layers, heads)
+    return Observer(model, measures, layers, heads, keep_megabytes)
 
 
 class Observer:
@@ -93,6 +98,7 @@ class Observer:
         measures: tuple[Measure, ...],
         layers: Layers | None = None,
         heads: int | Iterable[int] | None = None,
+        keep_megabytes: float | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(
@@ -117,6 +123,12 @@ class Observer:
         self.layers = layers
         self.wanted = choosing.chooser(layers, self.paths)
         self.heads = choosing.head_numbers(heads)
+        if keep_megabytes is not None and not keep_megabytes > 0:
+            raise ArgumentError(
+                f"observe() got keep_megabytes={keep_megabytes}; expected a number above 0, or "
+                "None to keep no queries and keys."
+            )
+        self.keep_megabytes = keep_megabytes
         self._block: _Block | None = None
 
     def __enter__(self) -> Seen:
@@ -152,6 +164,8 @@ class _Block:
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self.seen = Seen()
+        if observer.keep_megabytes is not None:
+            self.seen.kept = Kept(int(observer.keep_megabytes * 1e6))
         self._lock = threading.Lock()
         self._stack = ExitStack()
         self._open = False
@@ -253,6 +267,9 @@ class _Block:
             positions = call.positions.materialize(geometry)
         with self._lock:
             step = len(self.seen[layer]) if layer in self.seen else 0
+            if self.seen.kept is not None:
+                with _apart(geometry.device):
+                    self.seen.kept.add(layer, step, call)
             self.seen.append(
                 Record(
                     layer, step, heads, geometry.q_len, geometry.k_len, positions, asked, answers

@@ -45,6 +45,8 @@ SCRIPTS = (
     "export.js",
     "main.js",
 )
+#: What a served page has besides, before the last one: the one part that asks the network.
+SERVED = "served.js"
 #: Where nobody chose heads, their single tokens may take what is left beside this share for maps.
 _MAPS_SHARE = 0.7
 #: What is larger than this many budgets before it is deflated is not tried.
@@ -119,6 +121,18 @@ def view(
     >>> mh.view(seen, ["a", " page", " of", " five", " tokens"])
     Page(0.1... MB; .save('page.html') writes it)
     """
+    sheets = sheets_of(seen, tokens, key_tokens, batch, compare)
+    return page_of(sheets, detail=detail, title=title, max_megabytes=max_megabytes)
+
+
+def sheets_of(
+    seen: Seen,
+    tokens: Sequence[str],
+    key_tokens: Sequence[str] | None,
+    batch: int,
+    compare: tuple[Any, ...] | None,
+) -> list[Sheet]:
+    """What a page shows of one input, or of two; arguments and errors as `view` has them."""
     if not isinstance(seen, Seen):
         raise ArgumentTypeError(
             f"seen is no record: got {type(seen).__name__}; expected the Seen of mh.observe(...); "
@@ -127,7 +141,19 @@ def view(
     sheets = [sheet_of(seen, tokens, key_tokens, batch)]
     if compare is not None:
         sheets.append(_other(sheets[0], compare, batch))
-    shell = _Shell.read()
+    return sheets
+
+
+def page_of(
+    sheets: list[Sheet],
+    *,
+    detail: Iterable[HeadName] | None,
+    title: str,
+    max_megabytes: float,
+    served: bool = False,
+) -> Page:
+    """The page of these; served: one that asks its server for exact numbers."""
+    shell = _Shell.read(served)
     budget = int(max_megabytes * 1e6) - shell.size
     if detail is None:
         meta, packed = _automatic(sheets, budget)
@@ -307,21 +333,27 @@ def _with_detail(
 
 @dataclass(frozen=True, slots=True)
 class _Shell:
-    """The viewer without data: template, style and script."""
+    """The viewer without data: template, style and script.
+
+    served: it may ask its server.
+    """
 
     template: str
     style: str
     script: str
+    served: bool
 
     @classmethod
-    def read(cls) -> _Shell:
+    def read(cls, served: bool) -> _Shell:
         folder = files("manyheads.inspect") / "viewer"
-        parts = [(folder / name).read_text(encoding="utf-8") for name in SCRIPTS]
+        names = (*SCRIPTS[:-1], SERVED, SCRIPTS[-1]) if served else SCRIPTS
+        parts = [(folder / name).read_text(encoding="utf-8") for name in names]
         script = '(() => {\n"use strict";\n' + "\n".join(parts) + "})();\n"
         return cls(
             (folder / "template.html").read_text(encoding="utf-8"),
             (folder / "viewer.css").read_text(encoding="utf-8"),
             script,
+            served,
         )
 
     @property
@@ -346,7 +378,7 @@ class _Shell:
         )
 
     def _policy(self) -> str:
-        """No network, and no script or style but the viewer's own."""
+        """No network but the page's own server, no script or style but the viewer's own."""
 
         def digest(text: str) -> str:
             return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -354,5 +386,5 @@ class _Shell:
         return (
             f"default-src 'none'; script-src {digest(self.script)}'; "
             f"style-src {digest(self.style)}'; img-src data: blob:; base-uri 'none'; "
-            "form-action 'none'"
+            "form-action 'none'" + ("; connect-src 'self'" if self.served else "")
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.errors import ArgumentTypeError, NotRecordedError
 from manyheads.inspect import storage
+from manyheads.inspect.keeping import Kept
 from manyheads.inspect.measures import Measure
 
 
@@ -76,6 +77,8 @@ class Seen:
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._layers: dict[str, list[Record]] = {}
         self._records: list[Record] = []
+        #: The calls' queries and keys, if `observe` was asked to keep them; files have none.
+        self.kept: Kept | None = None
         for record in records:
             self.append(record)
 

@@ -90,13 +90,17 @@ class Heaviest:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What is known of one layer; every array begins with its heads."""
+    """What is known of one layer; every array begins with its heads.
+
+    calls: (layer, step) of each record that it was made of.
+    """
 
     name: str
     heads: tuple[int, ...]
     maps: tuple[Pooled, ...]
     strips: tuple[Strip, ...]
     top: Heaviest | None
+    calls: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +284,8 @@ def _layer(name: str, records: list[Record], batch: int) -> Layer:
     maps.sort(key=lambda one: -int(one.rows[-1] - one.rows[0]) * int(one.columns[-1]))
     if top is not None and top.keys.size and not maps:
         maps.append(_map_of(top, keys))
-    return Layer(name, heads, tuple(maps), tuple(strips), top)
+    calls = tuple((record.layer, record.step) for record in records)
+    return Layer(name, heads, tuple(maps), tuple(strips), top, calls)
 
 
 def _name_of(measure: Measure) -> tuple[str, str]:

@@ -2,6 +2,9 @@
 
 const meta = JSON.parse(document.getElementById("data").textContent);
 
+// Who can say more than the page keeps (served.js); a page that is a file has nobody.
+let server = null;
+
 async function bytesOf(blob) {
   const text = document.getElementById(`blob-${blob}`).textContent;
   const packed = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));

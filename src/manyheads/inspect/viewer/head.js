@@ -109,7 +109,7 @@ class HeadView {
   csv() {
     const rows = [["input", "layer", "head", "first query", "last query", "first key", "last key", "mass"]];
     for (const view of this.maps) {
-      const [map] = view.maps, name = view.difference ? "A less B" : view.input.name;
+      const map = view.finest(), name = view.difference ? "A less B" : view.input.name;
       for (let r = 0; r < map.height; r++) {
         for (let c = 0; c < map.width; c++) {
           rows.push([name, state.layer, view.layer.heads[state.head], map.rows[r], map.rows[r + 1] - 1, map.columns[c], map.columns[c + 1] - 1, map.value(r, c)]);

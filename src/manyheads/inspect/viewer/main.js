@@ -153,8 +153,13 @@ let tinted = 0;
 // Tint the text by what a row attends to, or who attends to its token.
 async function tintByRow(input, layer, head, row, way = "to") {
   const mine = ++tinted;
-  const found = await attention(input, layer, head, row, way);
-  if (mine !== tinted) return;
+  for await (const found of answers(input, layer, head, row, way, () => mine === tinted)) {
+    if (mine !== tinted) return;
+    tintBy(found, input, row, way);
+  }
+}
+
+function tintBy(found, input, row, way) {
   const answer = way === "to" ? "key" : "query", name = named(input.queryText(row), 16);
   const most = Math.max(found.entries[0]?.weight ?? 0, 1e-9), mostMass = Math.max(found.cells[0]?.mass ?? 0, 1e-9);
   const weights = new Map(found.entries.map(({ index, weight }) => [index, weight]));

@@ -23,6 +23,7 @@ class MapView {
     this.window = this.whole();
     this.top = this.bright;
     this.cross = null;
+    this.exact = null; // what the server last said, of a window
     for (const name of ["pointerdown", "pointermove", "pointerup", "pointercancel", "pointerleave", "wheel", "keydown", "dblclick"]) {
       this.canvas.addEventListener(name, (event) => this[name](event), { passive: false });
     }
@@ -40,7 +41,11 @@ class MapView {
 
   get most() { return Math.max(...this.maps.map((map) => map.top)); }
 
-  stop() { this.resize.disconnect(); }
+  stop() {
+    this.resize.disconnect();
+    clearTimeout(this.rest);
+    this.asking?.abort();
+  }
 
   // ---- where things are --------------------------------------------------------------------------
 
@@ -73,7 +78,7 @@ class MapView {
   // Every cell of a map as one pixel.
   picture(map) {
     const kind = this.difference ? "difference" : "map";
-    const colours = ramp(kind), key = `${this.maps.indexOf(map)}${state.palette}${isDark()}`;
+    const colours = ramp(kind), key = `${this.maps.indexOf(map)} ${state.palette}${isDark()}`;
     if (!this.images.has(key)) this.images.set(key, cells(map, colours, this.top));
     return this.images.get(key);
   }
@@ -86,6 +91,7 @@ class MapView {
     const items = [{ rect: clip, fill: colourAt(ramp(this.difference ? "difference" : "map"), this.difference ? 0.5 : 0) }];
     const single = this.singles();
     for (const map of this.maps) items.push(...this.cells(map, x, y, clip, single ? 0.12 : 1));
+    if (this.exact) items.push(...this.cells(this.exact, x, y, clip, 1));
     if (single) items.push(...this.weights(x, y, clip));
     items.push({ rect: [left + 0.5, top + 0.5, w - 1, h - 1], stroke: ink.line });
     items.push(...this.axes(laid, x, y, ink));
@@ -123,11 +129,49 @@ class MapView {
 
   // Whether the window is so small that single tokens' weights show, and the map does not hold them.
   singles() {
-    if (!this.detail) return false;
-    const { q0, q1, k0, k1 } = this.window, map = this.maps[0];
-    const pooled = map.height < map.rows[map.height] - map.rows[0] || map.width < map.columns[map.width] - map.columns[0];
+    if (!this.detail || this.finest() === this.exact) return false;
+    const { q0, q1, k0, k1 } = this.window;
     const [width] = [this.element.clientWidth];
-    return pooled && width / Math.max(q1 - q0, k1 - k0) >= 1.2;
+    return this.pooled() && width / Math.max(q1 - q0, k1 - k0) >= 1.2;
+  }
+
+  // Whether the page's map has cells of more than one token.
+  pooled() {
+    const [map] = this.maps;
+    return map.height < map.rows[map.height] - map.rows[0] || map.width < map.columns[map.width] - map.columns[0];
+  }
+
+  // The server's map if it has all that is in view, else the page's.
+  finest() {
+    const { exact, window: { q0, q1, k0, k1 } } = this;
+    const covers = exact && exact.rows[0] <= q0 && exact.rows.at(-1) >= q1 && exact.columns[0] <= k0 && exact.columns.at(-1) >= k1;
+    return covers ? exact : this.maps[0];
+  }
+
+  // Once the window rests, ask the server for what is in view, a cell for each pixel at most.
+  sharpen() {
+    if (!server || this.difference || !this.pooled()) return;
+    const { q0, q1, k0, k1 } = this.window, { rows, columns, height, width } = this.maps[0];
+    const view = { q0: Math.max(rows[0], Math.floor(q0)), q1: Math.min(rows[height], Math.ceil(q1)), k0: Math.max(columns[0], Math.floor(k0)), k1: Math.min(columns[width], Math.ceil(k1)) };
+    const asked = Object.values(view).join();
+    if (asked === this.asked) return;
+    this.asked = asked;
+    clearTimeout(this.rest);
+    this.asking?.abort();
+    this.asking = new AbortController();
+    this.rest = setTimeout(() => this.ask(view, this.asking.signal), 150);
+  }
+
+  async ask(view, signal) {
+    try {
+      this.exact = await server.zoom(this.input, this.layer, this.head, view, 512, signal);
+      this.images.clear();
+      this.trouble = "";
+    } catch (problem) {
+      if (problem.name === "AbortError") return;
+      this.trouble = problem.message;
+    }
+    this.draw();
   }
 
   weights(x, y, clip) {
@@ -169,19 +213,20 @@ class MapView {
       const { items, laid } = this.items();
       this.laid = laid;
       paint(sized(this.canvas, laid.width, laid.height), items);
-      this.note.textContent = this.meaning();
+      this.note.textContent = this.trouble || this.meaning();
+      this.sharpen();
       this.canvas.style.touchAction = this.zoomed() ? "none" : "pan-y";
     });
   }
 
   // What a pixel is, in words.
   meaning() {
-    const { q0, q1, k0, k1 } = this.window, map = this.maps[0];
+    const { q0, q1, k0, k1 } = this.window, map = this.finest();
     if (this.singles()) {
       return `Single tokens: weights of each query's ${this.detail.k} heaviest keys. Behind them, faint, the pooled map.`;
     }
     if (span(map.rows) === "1" && span(map.columns) === "1") return "A cell is one query and one key: the weight itself.";
-    const more = this.detail ? " Zoom in for single tokens." : this.difference ? "" : ` ${advice(this.layer, this.head)}`;
+    const more = this.detail || (server && !this.difference) ? " Zoom in for single tokens." : this.difference ? "" : ` ${advice(this.layer, this.head)}`;
     const view = this.zoomed() ? ` In view: queries ${Math.floor(q0)}–${Math.ceil(q1) - 1}, keys ${Math.floor(k0)}–${Math.ceil(k1) - 1}.` : "";
     return `A cell is ${counted(map.rows, "query", "queries")} and ${counted(map.columns, "key", "keys")}: what its queries put on its keys together, as a mean.${view}${more}`;
   }
@@ -296,20 +341,23 @@ class MapView {
     showTip(event, this.lines(query, key));
   }
 
+  // Whether a cell is one query and one key.
+  single(map, { r, c }) { return map.rows[r + 1] - map.rows[r] === 1 && map.columns[c + 1] - map.columns[c] === 1; }
+
   // The tooltip: which tokens, and the numbers there.
   lines(query, key) {
     const lines = [];
     if (!this.difference) {
       lines.push(`query ${whole(query)}  ${named(this.input.queryText(query))}`, `key ${whole(key)}  ${named(this.input.keyTokens[key])}`);
     }
-    const map = this.maps.findLast((one) => one.at(query, key));
+    const map = [...this.maps, this.exact].findLast((one) => one?.at(query, key));
     const cell = map?.at(query, key);
     if (cell) {
       const rows = map.rows[cell.r + 1] - map.rows[cell.r], columns = map.columns[cell.c + 1] - map.columns[cell.c];
-      const what = rows === 1 && columns === 1 ? "weight" : `cell of ${whole(rows)} × ${whole(columns)}: mass`;
+      const what = this.single(map, cell) ? "weight" : `cell of ${whole(rows)} × ${whole(columns)}: mass`;
       lines.push(`${what} ${bounded(cell.value, cell.error)}`);
     }
-    if (this.detail) {
+    if (this.detail && !(map === this.exact && cell && this.single(map, cell))) {
       const known = this.detail.ofRow(query);
       const rank = known.findIndex(({ index }) => index === key);
       if (rank >= 0) lines.push(`weight ${bounded(known[rank].weight, known[rank].error)}, heaviest key no. ${rank + 1}`);

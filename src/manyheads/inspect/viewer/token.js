@@ -41,25 +41,32 @@ class TokenView {
       this.found = { single: false, cells: [], entries: [] };
       this.body.replaceChildren(el("p", { class: "message" }, "Queries and keys are two texts here: this token is a query, and nothing attends to it."));
     } else {
-      this.found = await attention(input, state.layer, state.head, state.row, state.way);
-      if (this.stopped) return;
-      this.body.replaceChildren(...this.tables());
+      for await (const found of answers(input, state.layer, state.head, state.row, state.way)) {
+        if (this.stopped) return;
+        const first = !this.found;
+        this.found = found;
+        this.body.replaceChildren(...this.tables());
+        this.draw();
+        if (first) scrollText(input, "query", state.row);
+      }
     }
     this.draw();
     await this.colourText();
-    scrollText(input, "query", state.row);
   }
 
   tables() {
     const { found, input, layer } = this, parts = [];
     if (found.single) parts.push(this.table(found.entries.slice(0, 50)));
     const known = found.entries.reduce((sum, { weight }) => sum + weight, 0);
-    if (found.single && state.way === "to") {
+    if (found.exact) {
+      const [one, many] = state.way === "to" ? ["key", "keys"] : ["query", "queries"];
+      parts.push(el("p", { class: "note" }, `Exact: ${whole(found.entries.length)} ${found.entries.length === 1 ? one : many} with ${number(known)} together${found.entries.length > 50 ? "; the first 50 are listed" : ""}.`));
+    } else if (found.single && state.way === "to") {
       parts.push(el("p", { class: "note" }, `These ${found.entries.length} keys have ${number(known)} of 1; the page keeps no more than ${layer.k} a query.`));
     } else if (found.single) {
       parts.push(el("p", { class: "note" }, `${whole(found.entries.length)} queries have it among their ${layer.k} heaviest keys${found.entries.length > 50 ? "; the first 50 are listed" : ""}.`));
     } else {
-      parts.push(el("p", { class: "message" }, `Pooled: this head's map is known, its single tokens are not. ${advice(layer, state.head)}`), this.cellTable(found.cells.slice(0, 12)));
+      parts.push(el("p", { class: "message" }, `Pooled: this head's map is known, its single tokens are not. ${server ? found.trouble ?? "Asking the server for them…" : advice(layer, state.head)}`), this.cellTable(found.cells.slice(0, 12)));
     }
     return parts;
   }
@@ -163,6 +170,21 @@ class TokenView {
   stop() {
     this.stopped = true;
     this.resize.disconnect();
+  }
+}
+
+// The page's own answer; then, where the page is served, the exact one, if somebody still wants it.
+async function* answers(input, layerIndex, head, row, way = "to", wanted = () => true) {
+  const own = await attention(input, layerIndex, head, row, way);
+  yield own;
+  if (!server) return;
+  await new Promise((resolve) => setTimeout(resolve, 60));
+  if (!wanted()) return;
+  try {
+    const entries = await server.weights(input, input.layers[layerIndex], head, row, way);
+    yield { ...own, entries, single: true, exact: true };
+  } catch (problem) {
+    yield { ...own, trouble: problem.message };
   }
 }
 
