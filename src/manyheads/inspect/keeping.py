@@ -64,9 +64,9 @@ class Kept:
         self, layer: str, step: int, batch: int, head: int, rows: tuple[int, int]
     ) -> AttentionCall:
         """One head's query rows [begin, end) of one batch element of a kept call, as a call."""
-        call = self._calls[layer, step]
-        call = batch_at(call, torch.tensor([batch if call.geometry.batch > 1 else 0]))
-        return rows_of(heads_at(call, torch.tensor([head])), *rows)
+        # In this order little is copied: rows are a view.
+        call = heads_at(rows_of(self._calls[layer, step], *rows), torch.tensor([head]))
+        return call if call.geometry.batch == 1 else batch_at(call, torch.tensor([batch]))
 
     def _others(self, call: AttentionCall) -> int:
         """Bytes of the call's other tensors, those that layers share only once."""
