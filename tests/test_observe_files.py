@@ -47,10 +47,13 @@ def seen(*measures: mh.Measure, dtype: torch.dtype = torch.float32) -> mh.Seen:
     return records
 
 
+FIELDS = ("layer", "step", "heads", "query_length", "key_length", "filled")
+
+
 def assert_same(one: mh.Seen, other: mh.Seen) -> None:
     assert one.layers == other.layers and len(one) == len(other)
     for mine, theirs in zip(one, other, strict=True):
-        for field in ("layer", "step", "heads", "query_length", "key_length", "measures"):
+        for field in (*FIELDS, "measures"):
             assert getattr(mine, field) == getattr(theirs, field)
         assert torch.equal(mine.positions, theirs.positions)
         for measure in mine.measures:

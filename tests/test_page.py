@@ -10,6 +10,7 @@ import hashlib
 import html
 import json
 import re
+import sys
 import zlib
 from importlib.resources import files
 from typing import Any
@@ -20,7 +21,6 @@ import torch
 from observed import HOSTILE, measured, plausible, words
 
 import manyheads as mh
-from manyheads import inspect
 from manyheads.inspect import page as pages
 from manyheads.inspect.sheets import Pooled
 
@@ -341,8 +341,8 @@ def test_colours_are_matplotlibs() -> None:
 def test_still_pictures(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     seen = measured(mh.HeatMap(), lengths=(5, 7), layers=2, heads=3)
-    every, layer = inspect.plot(seen), inspect.plot(seen, 1)
-    one = inspect.plot(seen, "layers.1.attn", 2, tokens=words(7))
+    every, layer = seen.plot(), seen.plot(1)
+    one = seen.plot("layers.1.attn", 2, tokens=words(7))
     assert [len(figure.axes) for figure in (every, layer, one)] == [6, 3, 2]  # a scale
     (mesh,) = one.axes[0].collections
     (record,) = seen["layers.1.attn"]
@@ -351,6 +351,12 @@ def test_still_pictures(tmp_path) -> None:
     assert [label.get_text() for label in one.axes[0].get_yticklabels()] == words(7)[2:]
     every.savefig(tmp_path / "all.png")
     one.savefig(tmp_path / "one.svg")
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(mh.MissingDependencyError, match="pip install matplotlib"):
+        measured(mh.HeatMap()).plot()
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -426,13 +432,13 @@ BAD = {
         mh.ArgumentError, "heads [0, 1]", "the first record's 2 layers", "the same model",
     ),
     "a picture of no map": (
-        lambda: inspect.plot(NO_TOP), mh.ArgumentError, "without HeatMap", "one of them", "ask",
+        lambda: NO_TOP.plot(), mh.ArgumentError, "without HeatMap", "one of them", "ask",
     ),
     "a picture of no layer": (
-        lambda: inspect.plot(SEEN, "x"), mh.ArgumentError, "got 'x'", "0 to 1", "choose",
+        lambda: SEEN.plot("x"), mh.ArgumentError, "got 'x'", "0 to 1", "choose",
     ),
     "a picture of no head": (
-        lambda: inspect.plot(SEEN, 0, 3), mh.ArgumentError, "head=3", "[0, 1, 2]", "name both",
+        lambda: SEEN.plot(0, 3), mh.ArgumentError, "head=3", "[0, 1, 2]", "name both",
     ),
     "too large": (
         lambda: mh.view(SEEN, TEXT, max_megabytes=0.05),

@@ -20,7 +20,6 @@ from .measures import (
 )
 from .observe import Observer, observe
 from .page import Page, view
-from .picture import plot
 from .records import Record, Seen
 from .report import BEHAVIOURS, Behaviour, HeadScores, Report, report
 from .rollout import rollout
@@ -57,7 +56,6 @@ __all__ = [
     "head_importance",
     "measure",
     "observe",
-    "plot",
     "report",
     "rollout",
     "serve",

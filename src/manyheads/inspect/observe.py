@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.inspect import layers as choosing
+from manyheads.inspect.filled import filled_length
 from manyheads.inspect.functional import attend_and_measure, measure_call
 from manyheads.inspect.keeping import Kept
 from manyheads.inspect.kernels import leaves_stats
@@ -265,6 +266,7 @@ class _Block:
                 answers = measure_call(part, asked)
         with _apart(geometry.device):
             positions = call.positions.materialize(geometry)
+            filled = filled_length(call, positions)
         with self._lock:
             step = len(self.seen[layer]) if layer in self.seen else 0
             if self.seen.kept is not None:
@@ -272,7 +274,8 @@ class _Block:
                     self.seen.kept.add(layer, step, call)
             self.seen.append(
                 Record(
-                    layer, step, heads, geometry.q_len, geometry.k_len, positions, asked, answers
+                    layer, step, heads, geometry.q_len, geometry.k_len, positions, asked, answers,
+                    filled,
                 )
             )  # fmt: skip
         return out, lse

@@ -1,4 +1,4 @@
-"""`plot()`: what was observed as a still picture, through matplotlib."""
+"""`Seen.plot()`: what was observed as a still picture, through matplotlib."""
 
 from __future__ import annotations
 
@@ -28,32 +28,7 @@ def plot(
     key_tokens: Sequence[str] | None = None,
     batch: int = 0,
 ) -> Figure:
-    """Maps of all heads, of one layer's heads, or of one head, as a matplotlib figure.
-
-    Colours follow the square root of a cell's mass, so that small weights stay visible.
-
-    Args:
-        seen: what `observe` recorded, with HeatMap or TopKeys.
-        layer: a layer's name or number; None: all layers.
-        head: one head's number, of that layer; None: all heads.
-        tokens: the keys' text, or with key_tokens the queries', written beside a head's map if
-            short.
-        key_tokens: the keys' own text.
-        batch: which batch element.
-
-    Raises:
-        ArgumentError: there is no such layer, head or batch element, or no map in the record.
-        MissingDependencyError: matplotlib is not installed.
-
-    >>> import torch, manyheads as mh
-    >>> from manyheads.inspect import plot
-    >>> model = mh.MultiHeadAttention(8, 2, mask=mh.Causal())
-    >>> with mh.observe(model, mh.HeatMap()) as seen:
-    ...     _ = model(torch.randn(1, 5, 8))
-    >>> figure = plot(seen)
-    >>> len(figure.axes)
-    2
-    """
+    """What `Seen.plot` does."""
     try:
         from matplotlib.colors import PowerNorm
         from matplotlib.figure import Figure

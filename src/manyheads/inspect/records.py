@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from manyheads.errors import ArgumentTypeError, NotRecordedError
 from manyheads.inspect import storage
 from manyheads.inspect.keeping import Kept
 from manyheads.inspect.measures import Measure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +27,7 @@ class Record:
     heads: the query heads that the answers' head axis stands for.
     query_length, key_length: Lq and Lk. Keys count with what a cache holds; a static cache's with
         the slots that are still empty, which nobody may attend to.
+    filled: how many keys there are before those slots; None: there are none of them.
     positions: int64 [B|1, Lq], where each query row stands on the key axis.
     measures: what was asked.
     answers: the answer to each, as `measure` documents it; `record[Entropy()]` looks one up.
@@ -37,6 +41,7 @@ class Record:
     positions: Tensor
     measures: tuple[Measure, ...]
     answers: tuple[Any, ...]
+    filled: int | None = None
 
     def __getitem__(self, measure: Measure) -> Any:
         for asked, answer in zip(self.measures, self.answers, strict=True):
@@ -134,6 +139,44 @@ class Seen:
 
     def __repr__(self) -> str:
         return f"Seen({len(self)} records of {len(self._layers)} layers, {self.measures})"
+
+    def plot(
+        self,
+        layer: str | int | None = None,
+        head: int | None = None,
+        *,
+        tokens: Sequence[str] | None = None,
+        key_tokens: Sequence[str] | None = None,
+        batch: int = 0,
+    ) -> Figure:
+        """Maps of all heads, of one layer's heads, or of one head, as a matplotlib figure.
+
+        Drawn from HeatMap, or without it from TopKeys. Colours follow the square root of a cell's
+        mass, so that small weights stay visible.
+
+        Args:
+            layer: a layer's name or number; None: all layers.
+            head: one head's number, of that layer; None: all heads.
+            tokens: the keys' text, or with key_tokens the queries', written beside a head's map if
+                short.
+            key_tokens: the keys' own text.
+            batch: which batch element.
+
+        Raises:
+            ArgumentError: there is no such layer, head or batch element, or no map in the record.
+            MissingDependencyError: matplotlib is not installed.
+
+        >>> import torch, manyheads as mh
+        >>> model = mh.MultiHeadAttention(8, 2, mask=mh.Causal())
+        >>> with mh.observe(model, mh.HeatMap()) as seen:
+        ...     _ = model(torch.randn(1, 5, 8))
+        >>> figure = seen.plot()
+        >>> len(figure.axes)
+        2
+        """
+        from manyheads.inspect import picture  # it stands on this module
+
+        return picture.plot(self, layer, head, tokens=tokens, key_tokens=key_tokens, batch=batch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all to a safetensors file; it appears under its name whole, or not at all.

@@ -62,6 +62,14 @@ class Pooled:
         cells = (shared_rows @ self.cells @ shared_columns).astype(np.float32)
         return replace(self, cells=cells, rows=rows, columns=columns)
 
+    def cut(self, keys: int) -> Pooled:
+        """Without the columns from `keys` on, which must have no mass."""
+        if self.columns[-1] <= keys:
+            return self
+        count = int(np.searchsorted(self.columns, keys))
+        columns = np.append(self.columns[:count], keys)
+        return replace(self, cells=self.cells[:, :, :count], columns=columns)
+
     def coarser(self, cells: int) -> Pooled:
         """With at most so many cells a side, exactly."""
         rows, columns = coarse_edges(self.rows, cells), coarse_edges(self.columns, cells)
@@ -141,7 +149,7 @@ def sheet_of(
                     "choose layers of one kind with observe(..., layers=...)"
                 )
             label = name if len(passes) == 1 else f"{name}, call {number + 1}"
-            layers.append(_layer(label, records, batch))
+            layers.append(_layer(label, records, batch, len(tokens if keys is None else keys)))
     if positions is None:
         raise ArgumentError(
             "nothing was observed: got a record without attention calls; expected at least one "
@@ -164,7 +172,12 @@ def layers_of(seen: Seen, batch: int) -> list[Layer]:
     """The layers alone, for what shows no text."""
     passes = [(name, _passes(seen[name], batch, joined=False)) for name in seen.layers]
     return [
-        _layer(name if len(runs) == 1 else f"{name}, call {number + 1}", records, batch)
+        _layer(
+            name if len(runs) == 1 else f"{name}, call {number + 1}",
+            records,
+            batch,
+            max(map(_keys, records)),
+        )
         for name, runs in passes
         for number, records in enumerate(runs)
     ]
@@ -216,6 +229,11 @@ def _positions(record: Record, batch: int) -> Integers:
     return _array(positions[batch]).astype(np.int64)
 
 
+def _keys(record: Record) -> int:
+    """How many keys are there, a static cache's empty slots aside."""
+    return record.key_length if record.filled is None else record.filled
+
+
 def _no_batch(batch: int, size: int) -> str:
     return (
         f"there is no such batch element: got batch={batch}; expected 0 <= batch < {size}; "
@@ -231,19 +249,22 @@ def _check_tokens(
     positions: Integers,
 ) -> None:
     """Raise unless every query and every key has its token."""
-    keys = max(record.key_length for record in records)
+    keys = max(map(_keys, records))
+    # Whoever has a text for a cache's empty slots too may give it.
+    all_keys = {keys, max(record.key_length for record in records)}
     if key_tokens is not None:
-        for name, text, count, what in (
-            ("tokens", tokens, len(positions), "queries"),
-            ("key_tokens", key_tokens, keys, "keys"),
+        for name, text, counts, what in (
+            ("tokens", tokens, {len(positions)}, "queries"),
+            ("key_tokens", key_tokens, all_keys, "keys"),
         ):
-            if len(text) != count:
+            if len(text) not in counts:
+                count = min(counts)
                 raise ArgumentError(
                     f"wrong number of {name}: got {len(text)}; expected {count}, the {what} of "
                     f"{layer!r}; give one string for each of them"
                 )
         return
-    if len(tokens) != keys:
+    if len(tokens) not in all_keys:
         raise ArgumentError(
             f"wrong number of tokens: got {len(tokens)}; expected {keys}, the keys of {layer!r}; "
             "give one string for each token that the model was given (the last one that generate() "
@@ -258,10 +279,9 @@ def _check_tokens(
         )
 
 
-def _layer(name: str, records: list[Record], batch: int) -> Layer:
-    """All that the records of one pass say, joined along the queries."""
+def _layer(name: str, records: list[Record], batch: int, keys: int) -> Layer:
+    """All that the records of one pass say of the first keys, joined along the queries."""
     heads = tuple(records[0].heads)
-    keys = max(record.key_length for record in records)
     maps, strips, top = [], [], None
     for measure in records[0].measures:
         answers = [_of_batch(record[measure], batch) for record in records]
@@ -278,7 +298,7 @@ def _layer(name: str, records: list[Record], batch: int) -> Layer:
             values = np.concatenate(answers, axis=1)
             values = np.where(np.isfinite(values), values, np.float32(np.nan))
             strips.append(Strip(*_name_of(measure), "query", values))
-    maps = [one for one in maps if one.cells.size]
+    maps = [one for one in (one.cut(keys) for one in maps) if one.cells.size]
     strips = [one for one in strips if one.values.size]
     # The whole first, then the closer looks.
     maps.sort(key=lambda one: -int(one.rows[-1] - one.rows[0]) * int(one.columns[-1]))
@@ -361,7 +381,7 @@ def _shared(these: Integers, those: Integers) -> np.ndarray[Any, np.dtype[np.flo
 def _summed(answers: list[Floats], keys: int) -> Floats:
     total = np.zeros((answers[0].shape[0], keys), np.float32)
     for answer in answers:
-        total[:, : answer.shape[1]] += answer
+        total[:, : answer.shape[1]] += answer[:, :keys]
     return total
 
 

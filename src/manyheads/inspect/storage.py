@@ -45,6 +45,7 @@ def save(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
                 "heads": record.heads,
                 "query_length": record.query_length,
                 "key_length": record.key_length,
+                "filled": record.filled,
                 "measures": [asked.index(one) for one in record.measures],
                 "answers": [_kind(answer) for answer in record.answers],
             }
@@ -109,6 +110,7 @@ def _fields(number: int, described: Any, asked: list[Measure], tensor: Any) -> d
             answers.append(tensor(f"{number}/{which}"))
     return {
         **{key: described[key] for key in ("layer", "step", "query_length", "key_length")},
+        "filled": described.get("filled"),  # files of before have none
         "heads": tuple(described["heads"]),
         "positions": tensor(f"{number}/positions"),
         "measures": tuple(asked[index] for index in described["measures"]),
