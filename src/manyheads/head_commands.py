@@ -27,6 +27,7 @@ from manyheads.inspect import (
     observe,
     report,
     serve,
+    token_texts,
     view,
 )
 
@@ -166,7 +167,7 @@ def _read(
 ) -> tuple[Seen, list[str]]:
     """What the model's heads do while it reads the text, and its tokens."""
     inputs = loaded.tokenizer(text, return_tensors="pt")
-    tokens = [loaded.tokenizer.decode([one]) for one in inputs["input_ids"][0].tolist()]
+    tokens = token_texts(loaded.tokenizer, inputs["input_ids"][0])
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and len(tokens) > limit:
         raise ArgumentError(

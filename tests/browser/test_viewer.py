@@ -379,6 +379,25 @@ def test_hostile_tokens_are_text(open_page: Open, folder: Path) -> None:
     assert page.evaluate("window.hacked") is None
 
 
+def test_parts_of_letters(open_page: Open, folder: Path) -> None:
+    """Four tokens of one emoji, a byte that is no letter, and what is nearly one of ours."""
+    parts = [bytes([byte]).decode("utf-8", "surrogateescape") for byte in "💀".encode()]
+    tokens = ["so", " ", *parts, "\udcff", "💀", "", "</script>"]
+    seen = measured(*ALL, lengths=(len(tokens), len(tokens)))
+    file = mh.view(seen, tokens).save(folder / "parts.html")
+    page = open_page(file, "#token/1/1/9")
+    shown = page.locator(".t").all_inner_texts()
+    assert shown == ["so", " ", "💀", "·", "·", "·", "‹FF›", "💀", "∅", "</script>"]
+    assert page.locator(".t.part").count() == 4
+    page.locator('.t[data-i="4"]').hover()
+    assert tip(page).startswith("💀 3/4")
+    page = open_page(file, "#token/1/1/5")
+    assert heading(page).startswith("💀 4/4")
+    page.keyboard.press("/")
+    page.keyboard.type("so 💀")
+    expect(page.locator("#count")).to_have_text("1 of 1")
+
+
 def test_a_notebooks_frame(open_page: Open, folder: Path) -> None:
     seen = measured(*ALL, lengths=(11, 11))
     frame = folder / "notebook.html"

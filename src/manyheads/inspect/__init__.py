@@ -3,6 +3,7 @@
 from .contributions import contributions
 from .functional import measure
 from .importance import head_importance
+from .letters import token_texts
 from .measures import (
     Entropy,
     FirstKeysMass,
@@ -59,6 +60,7 @@ __all__ = [
     "report",
     "rollout",
     "serve",
+    "token_texts",
     "trace",
     "trace_attention",
     "view",

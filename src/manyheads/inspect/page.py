@@ -18,6 +18,7 @@ import numpy as np
 
 from manyheads.arguments import whole_number
 from manyheads.errors import ArgumentError, ArgumentTypeError
+from manyheads.inspect.letters import joined
 from manyheads.inspect.packing import (
     FIDELITIES,
     Fidelity,
@@ -100,7 +101,8 @@ def view(
     Args:
         seen: what `observe` recorded, with HeatMap, TopKeys and measures of single rows.
         tokens: the text of the keys, one string per token; of the queries, where key_tokens is
-            given (cross-attention). Any text is safe: it is shown, never run.
+            given (cross-attention). Any text is safe: it is shown, never run. What is part of a
+            letter is given as `inspect.token_texts` does.
         key_tokens: the keys' own text, where queries and keys are two texts.
         batch: which batch element.
         detail: the heads whose single tokens (TopKeys) are kept, as (layer, head), the layer by
@@ -285,11 +287,13 @@ def _packed(sheets: list[Sheet], fidelity: Fidelity) -> tuple[Reference, Packed]
     inputs = []
     for sheet in sheets:
         text = [sheet.key_tokens, *([sheet.query_tokens] if sheet.query_tokens else [])]
+        letters = [joined(tokens) for tokens in text]
         steps = np.diff(sheet.positions)
         inputs.append(
             {
                 # Not ASCII only: what UTF-8 cannot say (half a surrogate pair) stays an escape.
-                "texts": [packed.bytes(json.dumps(tokens).encode()) for tokens in text],
+                "texts": [packed.bytes(json.dumps(texts).encode()) for texts, _ in letters],
+                "names": [packed.bytes(json.dumps(names).encode()) for _, names in letters],
                 "queries": len(sheet.positions),
                 "keys": len(sheet.key_tokens),
                 "positions": {"start": int(sheet.positions[0])}

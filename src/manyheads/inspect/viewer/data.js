@@ -219,7 +219,11 @@ class Input {
 
   async load() {
     const texts = await Promise.all(this.of.texts.map(bytesOf));
-    [this.keyTokens, this.queryTokens] = texts.map((text) => JSON.parse(new TextDecoder().decode(text)));
+    // What each token adds to the text; and its name, which is another where it is part of a letter.
+    const read = (text) => JSON.parse(new TextDecoder().decode(text));
+    [this.keyPieces, this.queryPieces] = texts.map(read);
+    const names = (await Promise.all(this.of.names.map(bytesOf))).map(read);
+    [this.keyTokens, this.queryTokens] = [this.keyPieces, this.queryPieces].map((pieces, i) => pieces?.map((piece, token) => names[i][token] ?? piece));
     const { start } = this.of.positions;
     const offsets = this.of.positions.blob === undefined ? null : await numbersOf(this.of.positions);
     this.position = (row) => start + (offsets ? offsets[row] : row);

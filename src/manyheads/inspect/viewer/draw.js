@@ -45,17 +45,22 @@ function bounded(value, error) {
 function shown(token) {
   if (token === "") return "∅";
   const visible = token.replace(
-    /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
+    /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]|(?<![\ud800-\udbff])[\udc80-\udcff]/g,
     (sign) => {
       if (sign === "\n") return "↵";
       if (sign === "\t") return "⇥";
       const code = sign.charCodeAt(0);
       if (code < 32) return String.fromCharCode(0x2400 + code);
+      // A byte that is no whole letter (letters.py).
+      if (code >= 0xdc80 && code <= 0xdcff) return `‹${(code & 255).toString(16).toUpperCase()}›`;
       return `‹U+${code.toString(16).toUpperCase().padStart(4, "0")}›`;
     },
   );
   return visible.toWellFormed ? visible.toWellFormed() : visible;
 }
+
+// A token in a text: one that only goes on with a letter, which begins before it, is a dot.
+function spelled(piece, name) { return piece === "" && name !== "" ? "·" : shown(piece); }
 
 // A token as a name in a sentence, a table or an axis: no longer than `limit` signs.
 function named(token, limit = 28) {

@@ -98,9 +98,9 @@ function buildReaders() {
       hover: (token) => stage.hoverText?.(readers.find((one) => one.input === input && one.side === side), token),
       pick: (token) => pick(input, side, token),
     });
-    const reader = (tokens, side, title) => new TextView(tokens, { input, side, title: prefix + title, on: on(side) });
-    if (!input.queryTokens) return [reader(input.keyTokens, "both", "Text")];
-    return [reader(input.queryTokens, "query", "Queries"), reader(input.keyTokens, "key", "Keys")];
+    const reader = (tokens, names, side, title) => new TextView(tokens, names, { input, side, title: prefix + title, on: on(side) });
+    if (!input.queryTokens) return [reader(input.keyPieces, input.keyTokens, "both", "Text")];
+    return [reader(input.queryPieces, input.queryTokens, "query", "Queries"), reader(input.keyPieces, input.keyTokens, "key", "Keys")];
   });
   byId("texts").replaceChildren(...readers.map((reader) => reader.element));
 }

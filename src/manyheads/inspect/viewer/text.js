@@ -5,8 +5,9 @@ const BLOCK = 64;
 
 class TextView {
   // side: "both", "query" or "key". on: {hover(token or -1), pick(token)}.
-  constructor(tokens, { input, side, title, on }) {
-    Object.assign(this, { tokens, input, side, on, tints: null, marked: new Map(), found: new Set() });
+  // tokens: what each adds to the text. names: theirs, another one where a token is part of a letter.
+  constructor(tokens, names, { input, side, title, on }) {
+    Object.assign(this, { tokens, names, input, side, on, tints: null, marked: new Map(), found: new Set() });
     this.scroller = el("div", {
       class: "text",
       tabindex: "0",
@@ -50,7 +51,8 @@ class TextView {
     const begin = Number(block.dataset.begin);
     const parts = [el("span", { class: "gutter", "aria-hidden": "true" }, String(begin))];
     for (let i = begin; i < Math.min(begin + BLOCK, this.tokens.length); i++) {
-      const span = el("span", { class: "t", "data-i": i, role: "option", dir: "auto" }, shown(this.tokens[i]));
+      const part = this.tokens[i] !== this.names[i];
+      const span = el("span", { class: part ? "t part" : "t", "data-i": i, role: "option", dir: "auto", "aria-label": part ? this.names[i] : null }, spelled(this.tokens[i], this.names[i]));
       this.dress(span, i);
       parts.push(span);
       if (this.tokens[i].endsWith("\n")) parts.push(el("br"));

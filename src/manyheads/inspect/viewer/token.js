@@ -73,10 +73,11 @@ class TokenView {
 
   table(entries) {
     const { input } = this, to = state.way === "to", text = to ? input.keyTokens : input.queryTokens ?? input.keyTokens;
+    const pieces = to ? input.keyPieces : input.queryPieces ?? input.keyPieces;
     const most = Math.max(...entries.map(({ weight }) => weight), 1e-9);
     const rows = entries.map(({ index, weight, error }) => {
       const token = to ? index : input.tokenOf(index);
-      const near = (from, end) => text.slice(Math.max(0, from), Math.max(0, end)).map((one) => shown(one)).join("");
+      const near = (from, end) => pieces.slice(Math.max(0, from), Math.max(0, end)).map((one, i) => spelled(one, text[Math.max(0, from) + i])).join("");
       const meter = el("span", { class: "meter" });
       meter.style.width = `${(100 * weight) / most}%`;
       const context = el("td", { class: "context" },
