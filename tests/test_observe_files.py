@@ -111,6 +111,47 @@ def test_a_file_appears_whole_or_not_at_all(
     assert_same(first, mh.Seen.load(path))
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        happened.append(("synced", "folder" if path == tmp_path else path.name))
+        fsync(number)
+
+    def named(source: Path, target: Path) -> None:
+        happened.append((Path(source).name, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    seen(mh.Entropy()).save(tmp_path / "seen")
+    (partial, _) = happened[1]
+    assert happened == [("synced", partial), (partial, "seen"), ("synced", "folder")]
+    assert re.fullmatch(r"\.seen\.\w+\.partial", partial)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    first, path = seen(mh.Entropy()), tmp_path / "seen"
+    first.save(path)
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fails)
+        with pytest.raises(OSError, match="No space left"):
+            seen(mh.TopKeys(2)).save(path)
+    assert os.listdir(tmp_path) == ["seen"]
+    assert_same(first, mh.Seen.load(path))
+
+
 @dataclass(frozen=True)
 class Doubled(mh.Entropy):
     """A measure of somebody's own."""

@@ -181,6 +181,8 @@ class Seen:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all to a safetensors file; it appears under its name whole, or not at all.
 
+        When this returns, it is on the disk; when it raises, the old file is still there.
+
         Raises:
             ArgumentTypeError: a measure is not one of manyheads' own.
             MissingDependencyError: safetensors is not installed.

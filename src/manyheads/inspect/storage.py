@@ -27,7 +27,7 @@ _VERSION = 1
 
 
 def save(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Write `Record`s; the file appears whole or not at all."""
+    """Write `Record`s; the file appears whole or not at all, also where the power goes."""
     safetensors = _safetensors()
     tensors: dict[str, Tensor] = {}
     described = []
@@ -65,11 +65,22 @@ def save(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
         mode = partial.stat().st_mode
         safetensors.torch.save_file(copies, partial, metadata=metadata)
         partial.chmod(mode)
+        _to_disk(partial)
         os.replace(partial, target)
+        _to_disk(target.parent)  # its new name too
     except safetensors.SafetensorError as error:
         raise OSError(f"{target} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's names, would outlast the machine."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def load(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
