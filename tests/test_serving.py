@@ -90,8 +90,9 @@ def observed(case: Case, **options: Any) -> mh.Seen:
     tensors = [x.clone() for x in (built.problem.query, built.problem.key, built.problem.value)]
     with torch.inference_mode(), mh.observe(model, *MEASURES, keep_megabytes=1, **options) as seen:
         model(*tensors)
-        for tensor in tensors:
-            tensor.fill_(torch.nan)
+        for tensor in (*tensors, built.problem.sinks):  # a parameter, that is trained on
+            if tensor is not None:
+                tensor.fill_(torch.nan)
     return seen
 
 
@@ -132,6 +133,18 @@ def test_answers_are_those_of_the_formula(case: Case) -> None:
         assert_weights(rows, case, batch, head, everything, case.lengths)
         columns = [ask.numbers("column", **where, key=key) for key in range(k_len)]
         assert_weights(torch.stack(columns, 1), case, batch, head, everything, case.lengths)
+
+
+def test_a_cache_may_count_on() -> None:
+    """A static cache adds to its query offset in place."""
+    start, x = torch.tensor([4, 9], dtype=torch.int32), torch.randn(2, 3, 31, 7)
+    model = Attend(mask=mh.Causal(), query_start=start)
+    with torch.no_grad(), mh.observe(model, *MEASURES, keep_megabytes=1) as seen:
+        model(x[:, :, :5], x, x)
+    start.add_(5)
+    with serve(seen, words(5), key_tokens=words(14), batch=1) as server:
+        row = Asker(server).numbers("row", **OTHERS, row=2)
+    assert (row[:12] > 0).all() and not row[12:].any()
 
 
 def two_layers(seed: int = 3, length: int = 11, **options: Any) -> mh.Seen:

@@ -91,7 +91,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _on_cpu(call: AttentionCall) -> AttentionCall:
-    # What is one number per batch element may be a cache's counter, which goes on counting.
+    # What is one number per head or batch element may be trained on, or a cache's counter.
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
             return (value.detach().clone() if value.dim() <= 1 else value.detach()).cpu()
