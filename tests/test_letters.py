@@ -18,6 +18,7 @@ from manyheads.inspect import token_texts
 from manyheads.inspect.letters import joined
 
 TEXT = "so 😀 e\u0301 日本 \x00</script>\u202e 👩‍👧\ufffd end"
+TEXT += "".join(map(chr, range(0x1F600, 0x1F640)))  # with every byte that goes on with a letter
 
 
 def byte_level() -> PreTrainedTokenizerFast:

@@ -53,8 +53,8 @@ def test_a_page_is_that_of_a_dynamic_cache() -> None:
 
 
 def test_coarse_cells_end_where_the_text_does() -> None:
-    """29 slots in 8 cells of 3 or 4: the fourth ends at key 11, and nothing is lost."""
-    seen = generated(mh.HeatMap(8, 8), mh.Received(), slots=SLOTS)
+    """31 slots in 8 cells of 3 or 4: the third would end at key 12, and nothing is lost."""
+    seen = generated(mh.HeatMap(8, 8), mh.Received(), slots=31)
     read = Read(mh.view(seen, TOKENS))
     (one,) = read.layer(0)["maps"]
     assert read.meta["edges"][one["columns"]] == [0, 4, 8, 11]
