@@ -125,6 +125,40 @@ def test_a_model_of_transformers(make):
     torch.testing.assert_close(found[key], expected.detach())
 
 
+@pytest.mark.parametrize("how", ["outside", "in place"])
+def test_compiled_models_are_measured(model, how):
+    torch._dynamo.reset()
+    batches = [torch.randn(3, L, E, dtype=torch.float64)]
+    expected = mh.head_importance(model, loss_of(model), batches)
+    run = model
+    if how == "outside":
+        run = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    run(batches[0])
+    found = mh.head_importance(run, loss_of(run), batches)
+    assert list(found) == list(expected)
+    for name, scores in found.items():
+        torch.testing.assert_close(scores, expected[name])
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_checkpointing_changes_nothing():
+    model, name = llama()
+    tokens = [torch.randint(31, (3, 7))]
+
+    def loss(tokens: Tensor) -> Tensor:
+        return model(tokens, use_cache=False).last_hidden_state.square().sum()
+
+    model.train()
+    expected = mh.head_importance(model, loss, tokens)
+    model.activation_checkpointing_enable()
+    found = mh.head_importance(model, loss, tokens)
+    assert name in found
+    for layer, scores in found.items():
+        torch.testing.assert_close(scores, expected[layer])
+
+
 def test_a_head_that_does_nothing_has_none(model):
     columns = slice(2 * 2, 3 * 2)
     model.first.out_proj.weight.data[:, columns] = 0

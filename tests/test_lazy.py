@@ -69,6 +69,7 @@ INDICES = [
     ((ALL, [1, 4]), B * 2 * LQ), ((ALL, torch.tensor([5, 0, -1]), slice(1, 3)), B * 2 * 2),
     ((0, [1, 4], -1), 2), (([0, 1], [2, 3], [4, 5], [6, 7]), B * 2 * 2), (([1], ALL, [2]), HEADS),
     ((0, ALL, [2, 3]), HEADS * 2), (torch.tensor([1, 1]), HEADS * LQ), ((slice(1, 1),), 0),
+    ((ALL, slice(2, 2)), 0), ((0, torch.tensor([], dtype=torch.long), 1), 0),
     ((None, 0), None), ((0, None, 3), None), ((0, torch.arange(HEADS) % 2 == 0), None),
     (True, None),
 ]  # fmt: skip
@@ -158,6 +159,24 @@ def test_everything_else_goes_on_as_a_tensor() -> None:
     assert_equal_up_to_rounding(torch.load(file), dense)
 
 
+CHANGES: dict[str, Any] = {
+    "__setitem__": lambda x: x.__setitem__((0, 0), 0.0),
+    "masked_fill_": lambda x: x.masked_fill_(x > 0, 0.0),
+    "add_": lambda x: x.__iadd__(1),
+    "retain_grad": lambda x: x.retain_grad(),
+    "register_hook": lambda x: x.register_hook(print),
+    "requires_grad_": lambda x: x.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_would_be_lost_is_refused(name: str) -> None:
+    weights, _ = made()
+    with pytest.raises(mh.ArgumentError, match=rf"got {name}\(\); expected.*Take .clone\(\)"):
+        CHANGES[name](weights)
+    assert weights.clone().zero_().sum() == 0 < weights.sum()
+
+
 def test_half_types_round_as_the_query_does() -> None:
     weights, dense = made(dtype=torch.bfloat16)
     assert weights.dtype == torch.bfloat16
@@ -167,8 +186,8 @@ def test_half_types_round_as_the_query_does() -> None:
 
 @pytest.mark.parametrize(
     ("index", "error"),
-    [(2, IndexError), ((0, -7), IndexError), ((0, [6]), IndexError), ((0,) * 5, IndexError),
-     (slice(None, None, -1), ValueError), ("x", (IndexError, TypeError))],
+    [(2, IndexError), ((0, -7), IndexError), ((0, [6]), IndexError), ([-3], IndexError),
+     ((0,) * 5, IndexError), (slice(None, None, -1), ValueError), ("x", (IndexError, TypeError))],
 )  # fmt: skip
 def test_indices_that_are_not_there(index: Any, error: type[Exception]) -> None:
     with pytest.raises(error):

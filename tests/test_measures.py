@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, build
@@ -164,6 +165,57 @@ def test_gradients_of_lse_and_entropy(mask: str, monkeypatch: pytest.MonkeyPatch
     assert torch.autograd.gradcheck(measured, leaves)
 
 
+# PyTorch's forward mode loads its rules with torch.jit.script, which is deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("block_bytes", [0, 1 << 23], ids=["rows", "whole"])
+def test_transforms(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.func's, forward mode without them, and a graph that is left."""
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", block_bytes)
+    query, key, tangent = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 7, 8), torch.randn(1, 2, 5, 8)
+
+    def lse(query: Tensor) -> Tensor:
+        return mh.measure(query, key, [mh.LogSumExp()], mask=mh.Causal())[0]
+
+    def formula(query: Tensor) -> Tensor:
+        hidden = torch.ones(5, 7).triu(3).bool()
+        return (query @ key.mT / math.sqrt(8)).masked_fill(hidden, -math.inf).logsumexp(-1)
+
+    gradient = torch.func.grad(lambda query: formula(query).sum())(query)
+    torch.testing.assert_close(torch.func.grad(lambda query: lse(query).sum())(query), gradient)
+    _, expected = torch.func.jvp(formula, (query,), (tangent,))
+    torch.testing.assert_close(torch.func.jvp(lse, (query,), (tangent,))[1], expected)
+    forward = torch.autograd.forward_ad
+    with forward.dual_level():
+        dual = forward.unpack_dual(lse(forward.make_dual(query, tangent)))
+        torch.testing.assert_close(dual.tangent, expected)
+    batched = torch.vmap(lse)(torch.stack([query, tangent]))
+    torch.testing.assert_close(batched, torch.stack([formula(query), formula(tangent)]))
+
+
+@torch.no_grad()
+def test_a_graph_is_left() -> None:
+    torch._dynamo.reset()
+    x, asked = torch.randn(1, 2, 5, 8), (mh.Entropy(), mh.Received(), mh.HeatMap(2, 2))
+
+    def doubled(x: Tensor) -> list[Tensor]:
+        return [answer * 2 for answer in mh.measure(x * 3, x, asked)]
+
+    compiled = torch.compile(doubled, backend="eager")(x)
+    for one, other in zip(compiled, doubled(x), strict=True):
+        assert torch.equal(one, other)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="leave fullgraph=True out"):
+        torch.compile(doubled, backend="eager", fullgraph=True)(x)
+
+
+def test_lists_and_arrays_are_tuples() -> None:
+    rows = mh.WeightRows(np.array([4, 0]))
+    assert rows == mh.WeightRows([4, 0]) == mh.WeightRows((4, 0)) and hash(rows)
+    view = mh.HeatMap(queries=[0, np.int64(3)], keys=torch.tensor([1, 2]))
+    assert view == mh.HeatMap(queries=(0, 3), keys=(1, 2)) and type(view.queries[1]) is int
+    assert [one.shape for one in mh.measure(X, X, [rows, view])] == [(1, 2, 2, 5), (1, 2, 3, 1)]
+
+
 class Sizes(TorchDispatchMode):
     """The number of entries of the largest tensor that any operation makes."""
 
@@ -207,6 +259,24 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: mh.measure(X, X, [mh.HeatMap(queries=(3, 6))]), mh.ArgumentError,
         "queries that are not there: got (3, 6)",
     ),
+    "one measure": (
+        lambda: mh.measure(X, X, mh.Entropy()), mh.ArgumentTypeError,
+        "measures is Entropy(); expected a list, such as [Entropy()",
+    ),
+    "a view of one": (
+        lambda: mh.HeatMap(keys=3), mh.ArgumentTypeError,
+        "HeatMap's keys is 3; expected (begin, end)",
+    ),
+    "a view of three": (lambda: mh.HeatMap(queries=(0, 1, 2)), mh.ArgumentTypeError, "(0, 1, 2)"),
+    "a view in words": (lambda: mh.HeatMap(queries="03"), mh.ArgumentTypeError, "'03'; expected"),
+    "half a view": (
+        lambda: mh.HeatMap(queries=(0, 2.5)), mh.ArgumentTypeError,
+        "begin or end of HeatMap's queries must be a whole number; got 2.5",
+    ),
+    "one row": (
+        lambda: mh.WeightRows(3), mh.ArgumentTypeError, "rows is 3; expected numbers of query rows",
+    ),
+    "a negative row": (lambda: mh.WeightRows((-1,)), mh.ArgumentError, "not be negative; got -1"),
     "row": (
         lambda: mh.measure(X, X, [mh.WeightRows((5,))]), mh.ArgumentError,
         "a query row that is not there: got 5; expected 0 <= row < 5",

@@ -112,7 +112,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 def can_measure(call: AttentionCall) -> bool:
     """Whether the statistics operators can take the call, whose value is not read.
 
-    They have no gradient: where one may be wanted they cannot.
+    They have no gradient, nor forward mode: where one may be wanted they cannot.
 
     Raises:
         ArgumentError: as `why_not` does.
@@ -120,6 +120,9 @@ def can_measure(call: AttentionCall) -> bool:
     _ops.check_isa_override()
     fits = 1 <= call.query.shape[-1] <= _MAX_HEAD_DIM and call.query.dtype in _DTYPES
     if _ops.LIBRARY_ERROR is not None or call.query.device.type != "cpu" or not fits:
+        return False
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad._is_fwd_grad_enabled():
         return False
     bias = call.bias
     inputs = (call.query, call.key, call.sinks, *bias.tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from manyheads import masks, positions
-from manyheads.errors import ArgumentTypeError
+from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.functional import prepare
 from manyheads.inspect import kernels
 from manyheads.inspect.blocks import block_bounds, block_of
@@ -35,7 +35,8 @@ def measure(
 
     On any device, differentiable where the measure is. On the CPU, where no gradient is wanted, our
     kernels measure; elsewhere the weights are formed for a block of query rows at a time, measured
-    and dropped (each block is then computed again in the backward pass).
+    and dropped (each block is then computed again in the backward pass; torch.func's transforms
+    keep them instead). torch.compile leaves its graph here; with fullgraph=True it says so.
 
     Args:
         query: [B, Hq, Lq, D] or [Hq, Lq, D].
@@ -62,6 +63,15 @@ def measure(
     >>> entropy.shape, top.keys.shape
     (torch.Size([2, 8, 5]), torch.Size([2, 8, 5, 3]))
     """
+    if torch.compiler.is_compiling():  # which then goes on without a graph, unless fullgraph=True
+        raise ArgumentError(
+            "measure() got a call inside a graph of torch.compile, whose questions it cannot hold; "
+            "expected one outside of it: leave fullgraph=True out."
+        )
+    if not isinstance(measures, Iterable):
+        raise ArgumentTypeError(
+            f"measures is {measures!r}; expected a list, such as [Entropy(), TopKeys(8)]."
+        )
     asked = tuple(measures)
     for one in asked:
         if not isinstance(one, Measure):
@@ -109,8 +119,11 @@ def _join(
 ) -> tuple[Any, ...]:
     """Answers to all, in order, given those that the kernels have."""
     others = tuple(one for one in asked if one not in ours)
-    all_answers = (*answers, *_measure_blocks(call, others))
-    return tuple(all_answers[(*ours, *others).index(one)] for one in asked)
+    pairs = [
+        *zip(ours, answers, strict=True),
+        *zip(others, _measure_blocks(call, others), strict=True),
+    ]
+    return tuple(next(answer for other, answer in pairs if other == one) for one in asked)
 
 
 def _measure_blocks(call: AttentionCall, asked: tuple[Measure, ...]) -> tuple[Any, ...]:
@@ -134,7 +147,8 @@ def _parts(
         block = block_of(call, begin, end)
         return [one.of(block) for one in measures]
 
-    if not torch.is_grad_enabled():
+    # torch.func's transforms refuse the hooks that checkpointing needs.
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return compute()
     # The graph keeps no block: the backward pass computes each again.
     parts: list[tuple[Tensor, ...]] = checkpoint(

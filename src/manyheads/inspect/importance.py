@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from manyheads.errors import ArgumentError, ArgumentTypeError
 from manyheads.gates import gating
 from manyheads.inspect.layers import paths_of, transformers_models
+from manyheads.inspect.stance import uncompiled
 from manyheads.module import MultiHeadAttention
 
 Batch = TypeVar("Batch")
@@ -28,7 +29,7 @@ def head_importance(
 
     The derivative is taken for each batch element by itself. Where `loss` is a mean over a batch,
     it is that much smaller, so give batches of one size, or a sum. Parameters and their gradients
-    are not changed, and may be frozen.
+    are not changed, and may be frozen. What torch.compile compiled runs uncompiled meanwhile.
 
     Args:
         model: one that holds `MultiHeadAttention` modules, or is one; or a model of transformers,
@@ -91,7 +92,7 @@ class _Layers:
     def gradients(self, loss: Callable[[Batch], Tensor], batch: Batch) -> list[tuple[str, Tensor]]:
         """(layer, dL / dg [B, Hq]) for the layers that ran."""
         gates: dict[str, _Gates] = {}
-        with ExitStack() as stack, torch.enable_grad():
+        with ExitStack() as stack, torch.enable_grad(), uncompiled():
             for name, layer in self.ours.items():
                 gates[name] = _Gates()
                 hook = _split(gates[name], layer.num_heads)

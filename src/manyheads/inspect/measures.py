@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -231,6 +232,8 @@ class HeatMap(_Sum):
 
     def __post_init__(self) -> None:
         check_sizes({"rows": self.rows, "columns": self.columns})
+        for name in ("queries", "keys"):
+            object.__setattr__(self, name, _view(name, getattr(self, name)))
 
     def check(self, call: AttentionCall) -> None:
         geometry = call.geometry
@@ -268,10 +271,19 @@ class WeightRows(_PerRow):
 
     rows: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, Iterable):
+            raise ArgumentTypeError(
+                f"WeightRows's rows is {self.rows!r}; expected numbers of query rows, as in "
+                "WeightRows((0, 5))."
+            )
+        rows = tuple(whole_number(row, "a row of WeightRows") for row in self.rows)
+        object.__setattr__(self, "rows", rows)
+
     def check(self, call: AttentionCall) -> None:
         length = call.geometry.q_len
         for row in self.rows:
-            if not 0 <= whole_number(row, "a row of WeightRows") < length:
+            if row >= length:
                 raise ArgumentError(
                     f"WeightRows asks for a query row that is not there: got {row}; expected "
                     f"0 <= row < {length}."
@@ -309,6 +321,20 @@ class HeadSimilarity(_Sum):
     def finish(self, total: tuple[Tensor, ...], call: AttentionCall) -> Tensor:
         similar, counted = total
         return similar / counted.clamp(min=1)
+
+
+def _view(name: str, view: Any) -> tuple[int, int] | None:
+    """A HeatMap's [begin, end), as two ints."""
+    if view is None:
+        return None
+    ends = tuple(view) if isinstance(view, Iterable) else ()
+    if isinstance(view, str) or len(ends) != 2:
+        raise ArgumentTypeError(
+            f"HeatMap's {name} is {view!r}; expected (begin, end), two whole numbers, or None for "
+            "all."
+        )
+    begin, end = (whole_number(number, f"begin or end of HeatMap's {name}") for number in ends)
+    return begin, end
 
 
 def _keys(block: Block) -> Tensor:

@@ -26,6 +26,7 @@ from manyheads.inspect.kernels import leaves_stats
 from manyheads.inspect.layers import Layers
 from manyheads.inspect.measures import Measure
 from manyheads.inspect.records import Record, Seen
+from manyheads.inspect.stance import uncompiled
 from manyheads.parts import heads_at
 from manyheads.spec import AttentionCall
 from manyheads.watching import Run, watchers, watching
@@ -176,7 +177,7 @@ class _Block:
     def open(self) -> None:
         """Switch transformers models, place the hooks, watch."""
         with ExitStack() as stack:
-            stack.enter_context(_uncompiled())
+            stack.enter_context(uncompiled())
             if self.observer.models:
                 from manyheads.integrations.huggingface_switch import on_manyheads
 
@@ -301,6 +302,7 @@ def _apart(device: torch.device) -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.no_grad(),
+        torch.autograd.forward_ad._set_fwd_grad_enabled(False),
         torch.autocast(device.type, enabled=False),
     ):
         yield
@@ -310,28 +312,3 @@ def _after(module: nn.Module, inputs: Any, output: Any) -> None:
     running = _running.get()
     if running is not None and running.module is module:
         _running.set(running.inside)
-
-
-_uncompiled_lock = threading.Lock()
-_uncompiled_blocks = 0
-_stance: Any = None
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """What torch.compile compiled runs as it was written, until the last such block ends.
-
-    A compiled graph shows no calls; without this it would be observed in silence.
-    """
-    global _uncompiled_blocks, _stance
-    with _uncompiled_lock:
-        if not _uncompiled_blocks:
-            _stance = torch.compiler.set_stance("force_eager")
-        _uncompiled_blocks += 1
-    try:
-        yield
-    finally:
-        with _uncompiled_lock:
-            _uncompiled_blocks -= 1
-            if not _uncompiled_blocks:
-                _stance.__exit__(None, None, None)

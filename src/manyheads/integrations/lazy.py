@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from manyheads.definition import logits_of, softmax_of
+from manyheads.errors import ArgumentError
 from manyheads.parts import batch_at, heads_at, rows_at
 from manyheads.spec import AttentionCall
 
@@ -76,6 +77,9 @@ class LazyWeights(Tensor):
             range(kept, kept + 1) if isinstance(kept, int) else kept for kept in self._index
         )
         call, device = self._call, self._call.query.device
+        sizes = [len(kept) for kept in self._index if not isinstance(kept, int)]
+        if 0 in sizes:
+            return torch.zeros(sizes, dtype=self._dtypes[-1], device=device)
         if len(batch) < call.geometry.batch:
             call = batch_at(call, _tensor(batch, device))
         if heads != range(call.geometry.q_heads):
@@ -121,6 +125,13 @@ class LazyWeights(Tensor):
             ours = _OURS.get(func)
             if ours is not None:
                 return ours(args[0], *args[1:], **kwargs)
+            if _changes(func):
+                raise ArgumentError(
+                    f"attention weights that are computed where one looks got {func.__name__}(); "
+                    "expected functions that only read them: nothing is stored that could be "
+                    "written to, nor does the output depend on them. Take .clone() to write into "
+                    'it; load the model with attn_implementation="eager" for their gradients.'
+                )
         return func(*_plain(args), **_plain(kwargs))
 
     @classmethod
@@ -142,12 +153,14 @@ class LazyWeights(Tensor):
             if isinstance(axis, int):
                 kept.append(axis)
             elif isinstance(entry, Tensor):
+                for number in (entry.min(), entry.max()) if entry.numel() else ():
+                    _at(axis, int(number))
                 chosen = torch.where(entry < 0, entry + len(axis), entry)
                 used, places = torch.unique(chosen, return_inverse=True)
-                kept.append([_at(axis, int(i), entry) for i in used])
+                kept.append([axis[i] for i in used])
                 remaining.append(places)
             else:
-                kept.append(_at(axis, entry, entry) if isinstance(entry, int) else axis[entry])
+                kept.append(_at(axis, entry) if isinstance(entry, int) else axis[entry])
                 remaining += [] if isinstance(entry, int) else [slice(None)]
         part = LazyWeights(self._call, tuple(kept), self._dtypes)
         if any(isinstance(entry, Tensor) for entry in entries):
@@ -219,13 +232,17 @@ def _entries(index: Any, axes: list[Sequence[int]]) -> list[int | slice | Tensor
     return entries
 
 
-def _at(axis: Sequence[int], place: int, entry: Any) -> int:
+def _at(axis: Sequence[int], place: int) -> int:
     if not -len(axis) <= place < len(axis):
-        raise IndexError(
-            f"index {entry if isinstance(entry, int) else place} is out of bounds for an axis of "
-            f"size {len(axis)}"
-        )
+        raise IndexError(f"index {place} is out of bounds for an axis of size {len(axis)}")
     return axis[place]
+
+
+def _changes(func: Callable[..., Any]) -> bool:
+    """Whether a function would change the tensor it is given, or wait for its gradient."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or func in _CHANGING
 
 
 def _plain(value: Any) -> Any:
@@ -266,6 +283,15 @@ _OF_SIZES = {
     Tensor.is_contiguous,
     Tensor.is_floating_point,
     Tensor.is_complex,
+}
+
+#: Functions besides `mul_` and the like that would be lost on weights which are not stored.
+_CHANGING = {
+    Tensor.__setitem__,
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.retain_grad,
+    Tensor.register_hook,
 }
 
 #: Operations that compute no weight, or that do it later.
