@@ -172,7 +172,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "all": (
         lambda: mh.prune_heads(MultiHeadAttention(8, 4), range(4)), mh.ArgumentError,
-        "all 4 heads would go; expected at least one to stay",
+        "all 4 heads of the module would go; expected at least one to stay",
     ),
     "number": (
         lambda: mh.prune_heads(MultiHeadAttention(8, 4), 2), mh.ArgumentTypeError,

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "environment": {"_ops"},
     "integrations": {
         *("functional", "masks", "positions", "spec", "arguments"),
-        *("definition", "parts", "watching", "gates"),
+        *("definition", "parts", "watching", "gates", "pruning"),
     },
 }  # fmt: skip
 #: What stands on top of the public interface; nothing may import these but each other.

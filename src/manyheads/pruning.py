@@ -43,21 +43,21 @@ def prune_heads(module: MultiHeadAttention, heads: Iterable[int]) -> MultiHeadAt
     (2, torch.Size([8, 16]), torch.Size([16, 8]))
     """
     _check_module(module)
-    kept = _kept(heads, module.num_heads)
-    kept_kv = _kept_kv(kept, module.num_heads // module.num_kv_heads)
+    kept = kept_heads(heads, module.num_heads, "the module")
+    kept_kv = kept_kv_heads(kept, module.num_heads // module.num_kv_heads)
     pruned = copy.deepcopy(module)
     pruned.num_heads, pruned.num_kv_heads = len(kept), len(kept_kv)
-    rows, kv_rows = (_channels(which, module.head_dim) for which in (kept, kept_kv))
+    rows, kv_rows = (channels(which, module.head_dim) for which in (kept, kept_kv))
     for linear, chosen in (
         (pruned.q_proj, rows),
         (pruned.k_proj, kv_rows),
         (pruned.v_proj, kv_rows),
     ):
-        linear.weight = _part(linear.weight, chosen, 0)
+        linear.weight = part_of(linear.weight, chosen, 0)
         if linear.bias is not None:
-            linear.bias = _part(linear.bias, chosen, 0)
+            linear.bias = part_of(linear.bias, chosen, 0)
         linear.out_features = len(chosen)
-    pruned.out_proj.weight = _part(pruned.out_proj.weight, rows, 1)
+    pruned.out_proj.weight = part_of(pruned.out_proj.weight, rows, 1)
     pruned.out_proj.in_features = len(rows)
     index = torch.tensor(kept, device=module.out_proj.weight.device)
     if pruned.attn_bias is not None:
@@ -67,8 +67,8 @@ def prune_heads(module: MultiHeadAttention, heads: Iterable[int]) -> MultiHeadAt
     return pruned
 
 
-def _kept(heads: Iterable[int], count: int) -> list[int]:
-    """The heads that stay, in order."""
+def kept_heads(heads: Iterable[int], count: int, owner: str) -> list[int]:
+    """The heads of `count` that stay, in order, where `heads` go; `owner`: whose they are."""
     if not isinstance(heads, Iterable):
         raise ArgumentTypeError(
             f"heads is {heads!r}; expected the numbers of heads, as in prune_heads(module, [0, 3])."
@@ -77,18 +77,18 @@ def _kept(heads: Iterable[int], count: int) -> list[int]:
     strange = sorted(head for head in gone if not 0 <= head < count)
     if strange:
         raise ArgumentError(
-            f"the module has no heads {strange}; expected numbers from 0 to {count - 1}: heads of "
-            "a pruned module are numbered anew."
+            f"{owner} has no heads {strange}; expected numbers from 0 to {count - 1}: heads of "
+            "what was pruned are numbered anew."
         )
     if len(gone) == count:
         raise ArgumentError(
-            f"all {count} heads would go; expected at least one to stay: without heads a layer "
-            "gives out_proj.bias for every token, which needs no attention."
+            f"all {count} heads of {owner} would go; expected at least one to stay: without heads "
+            "a layer gives its output's bias for every token, which needs no attention."
         )
     return [head for head in range(count) if head not in gone]
 
 
-def _kept_kv(kept: list[int], group: int) -> list[int]:
+def kept_kv_heads(kept: list[int], group: int) -> list[int]:
     """The key/value heads that stay; each has to serve as many query heads."""
     left: dict[int, list[int]] = {}
     for head in kept:
@@ -103,11 +103,12 @@ def _kept_kv(kept: list[int], group: int) -> list[int]:
     return list(left)
 
 
-def _channels(heads: list[int], head_dim: int) -> list[int]:
+def channels(heads: list[int], head_dim: int) -> list[int]:
+    """Where these heads stand among the rows of a projection."""
     return [head * head_dim + channel for head in heads for channel in range(head_dim)]
 
 
-def _part(tensor: Tensor, index: list[int] | Tensor, axis: int) -> Any:
+def part_of(tensor: Tensor, index: list[int] | Tensor, axis: int) -> Any:
     """The entries at `index` of an axis; a parameter stays one, frozen or not."""
     where = torch.as_tensor(index, device=tensor.device)
     part = tensor.detach().index_select(axis, where)
@@ -131,19 +132,19 @@ def _(bias: Alibi, heads: Tensor, count: int) -> None:
         # float64: as exact as the paper's are for a module of any dtype.
         paper = torch.tensor(Alibi.paper_slopes(count), dtype=torch.float64)
         bias.slopes = paper.to(heads.device)
-    bias.slopes = _part(bias.slopes, heads, 0)
+    bias.slopes = part_of(bias.slopes, heads, 0)
 
 
 @_keep.register
 def _(bias: RelativeBias, heads: Tensor, count: int) -> None:
-    bias.table = _part(bias.table, heads, 1)
+    bias.table = part_of(bias.table, heads, 1)
     bias.num_heads = len(heads)
 
 
 @_keep.register
 def _(bias: DenseBias, heads: Tensor, count: int) -> None:
     if bias.tensor.dim() > 2 and bias.tensor.shape[-3] > 1:
-        bias.tensor = _part(bias.tensor, heads, bias.tensor.dim() - 3)
+        bias.tensor = part_of(bias.tensor, heads, bias.tensor.dim() - 3)
 
 
 @_keep.register
@@ -181,12 +182,17 @@ def _check_module(module: Any) -> None:
     if not isinstance(module, MultiHeadAttention):
         raise ArgumentTypeError(
             f"prune_heads got a {type(module).__name__}; expected a manyheads.MultiHeadAttention: "
-            "MultiHeadAttention.from_torch copies one of torch's."
+            "MultiHeadAttention.from_torch copies one of torch's, and for a model of transformers "
+            "there is manyheads.integrations.huggingface_pruning.prune_model."
         )
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        linear = getattr(module, name)
-        if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
-            raise ArgumentTypeError(
-                f"prune_heads got a module whose {name} is a {type(linear).__name__}; expected a "
-                "plain nn.Linear: prune before quantising, or merge the adapter first."
-            )
+        check_linear(name, getattr(module, name))
+
+
+def check_linear(name: str, linear: Any) -> None:
+    """Raise unless the projection of this name is one whose weight can be cut."""
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        raise ArgumentTypeError(
+            f"prune_heads got a module whose {name} is a {type(linear).__name__}; expected a "
+            "plain nn.Linear: prune before quantising, or merge the adapter first."
+        )
