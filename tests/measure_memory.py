@@ -21,13 +21,17 @@ WINDOW = mh.Causal() & mh.Window(511, 0)
 
 @dataclass(frozen=True)
 class Case:
-    """One head of self-attention. dense: a learned bias of one number per key."""
+    """One head of self-attention.
+
+    dense: a learned bias of one number per key; record: it is measured too.
+    """
 
     mask: mh.Mask = WINDOW
     alibi: bool = False
     relative: bool = False
     dense: bool = False
     dropout_p: float = 0.0
+    record: bool = False
     width: int = 64
     dtype: torch.dtype = torch.float32
     threads: int = 1
@@ -42,6 +46,7 @@ FEATURES = {
     "relative": Case(relative=True),
     "learned bias": Case(dense=True),
     "dropout": Case(dropout_p=0.1),
+    "record": Case(alibi=True, record=True),
     "bfloat16": Case(dtype=torch.bfloat16),
     "everything": Case(alibi=True, relative=True, dense=True, dropout_p=0.1, threads=2),
     "causal": Case(mask=mh.Causal(), dense=True, dropout_p=0.1, width=16),
@@ -68,6 +73,11 @@ def step(case: Case, length: int) -> None:
         backend=case.backend,
         strict=case.backend == "native",
     )
+    if case.record:
+        asked = [mh.Entropy(), mh.TopKeys(8), mh.Received(), mh.HeatMap(256, 256)]
+        with torch.no_grad():
+            kept = mh.measure(*inputs[:2], asked, mask=case.mask, attn_bias=biases[0])
+        assert len(kept) == len(asked)
     if case.backward:
         out.sum().backward()
 
