@@ -175,6 +175,10 @@ def replaced() -> nn.Module:
     return model
 
 
+class LlamaAttention(mh.MultiHeadAttention):
+    """Of somebody's own, that only has the name."""
+
+
 LAYER = "model.layers.1.self_attn"
 BAD: dict[str, tuple[Callable[[], nn.Module], Any, type[Exception], tuple[str, ...]]] = {
     "no mapping": (
@@ -195,6 +199,10 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Any, type[Exception], tuple[str, .
     "our module": (
         lambda: nn.Sequential(mh.MultiHeadAttention(8, 4)), {"0": [0]}, mh.ArgumentError,
         ("got MultiHeadAttention; expected",),
+    ),
+    "a namesake": (
+        lambda: nn.Sequential(LlamaAttention(8, 4)), {"0": [0]}, mh.ArgumentError,
+        ("cannot prune heads of '0': got LlamaAttention; expected a layer of another model",),
     ),
     "head": (
         lambda: decoder("llama"), {LAYER: [6]}, mh.ArgumentError,

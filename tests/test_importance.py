@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import manyheads as mh
-from manyheads import MultiHeadAttention
+from manyheads import MultiHeadAttention, gates, watching
 
 E, L = 12, 5
 
@@ -140,6 +140,21 @@ def test_compiled_models_are_measured(model, how):
     assert list(found) == list(expected)
     for name, scores in found.items():
         torch.testing.assert_close(scores, expected[name])
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_an_error_leaves_nothing_behind_in_a_model_of_transformers():
+    model, _ = llama()
+    tokens = torch.randint(31, (3, 7))
+
+    def loss(tokens: Tensor) -> Tensor:
+        assert gates.gate() is not None and model.config._attn_implementation == "manyheads"
+        raise KeyError(str(model(tokens).last_hidden_state.shape))
+
+    with pytest.raises(KeyError, match="3, 7, 24"):
+        mh.head_importance(model, loss, [tokens])
+    assert gates.gate() is None and model.config._attn_implementation == "sdpa"
+    assert not watching.watchers()
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
