@@ -120,7 +120,11 @@ def test_an_error_in_the_model_leaves_nothing_behind() -> None:
     assert len(seen) == 2
 
 
-def test_a_model_may_handle_errors_of_its_layers() -> None:
+@pytest.mark.parametrize("where", ["forward", "hook"])
+def test_a_model_may_handle_errors_of_its_layers(where: str) -> None:
+    def refuse(module: nn.Module, given: Any) -> None:
+        raise ValueError
+
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise ValueError
@@ -129,6 +133,8 @@ def test_a_model_may_handle_errors_of_its_layers() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.broken = Broken()
+            if where == "hook":  # which runs before the observer's
+                self.broken.register_forward_pre_hook(refuse)
 
         def forward(self, x: Tensor) -> Tensor:
             with pytest.raises(ValueError):
