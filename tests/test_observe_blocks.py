@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from typing import Any
 
@@ -226,3 +227,20 @@ def test_dropout_is_drawn_as_without_an_observer() -> None:
             assert torch.equal(torch.get_rng_state(), after)
         for one, other in zip(seen.records[0].answers, expected.records[0].answers, strict=True):
             torch.testing.assert_close(one, other)  # of the weights before dropout
+
+
+def test_a_block_that_ends_in_another_context_has_ended() -> None:
+    """As an async generator's may: the context it was entered in still has it among its watchers."""
+    model, x = Model(), torch.randn(B, L, E)
+    context, observer = contextvars.copy_context(), mh.observe(model, mh.Entropy())
+    first = context.run(observer.__enter__)
+    context.run(model, x)
+    observer.__exit__(None, None, None)
+
+    def again() -> int:
+        with mh.observe(model, mh.Entropy()) as second:
+            model(x)
+        return len(second)
+
+    assert context.run(again) == 2 == len(first)
+    assert hook_count(model) == 0
