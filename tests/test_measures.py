@@ -78,7 +78,13 @@ def test_top_keys() -> None:
     built = build(Case("sink_window", "alibi", (6, 2), lengths=(29, 37)))
     problem = built.problem
     exact = Dense(built, Case(lengths=(29, 37)), torch.float64).weights
-    (top,) = mh.measure(problem.query, problem.key, [mh.TopKeys(9)], **built.arguments)
+    asked = [mh.TopKeys(9), mh.TopKeys(2), mh.TopKeys(99)]
+    top, fewer, more = mh.measure(problem.query, problem.key, asked, **built.arguments)
+    for one, other in zip(fewer, top, strict=True):
+        assert torch.equal(one, other[..., :2])
+    for one, other in zip(top, more, strict=True):
+        assert torch.equal(one, other[..., :9])
+    assert more.keys.shape[-1] == 99 and (more.keys[..., 37:] == -1).all()
     weights, keys = exact.topk(9)
     keys = keys.masked_fill(weights == 0, -1)
     assert (keys == -1).any() and (keys[..., 0] >= 0).all()

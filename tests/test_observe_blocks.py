@@ -230,7 +230,7 @@ def test_dropout_is_drawn_as_without_an_observer() -> None:
 
 
 def test_a_block_that_ends_in_another_context_has_ended() -> None:
-    """As an async generator's may: the context it was entered in still has it among its watchers."""
+    """As an async generator's may: the context it was entered in still has it as a watcher."""
     model, x = Model(), torch.randn(B, L, E)
     context, observer = contextvars.copy_context(), mh.observe(model, mh.Entropy())
     first = context.run(observer.__enter__)
