@@ -78,8 +78,8 @@ def test_top_keys() -> None:
     built = build(Case("sink_window", "alibi", (6, 2), lengths=(29, 37)))
     problem = built.problem
     exact = Dense(built, Case(lengths=(29, 37)), torch.float64).weights
-    asked = [mh.TopKeys(9), mh.TopKeys(2), mh.TopKeys(99)]
-    top, fewer, more = mh.measure(problem.query, problem.key, asked, **built.arguments)
+    asked = [mh.TopKeys(9), mh.TopKeys(99), mh.TopKeys(2)]
+    top, more, fewer = mh.measure(problem.query, problem.key, asked, **built.arguments)
     for one, other in zip(fewer, top, strict=True):
         assert torch.equal(one, other[..., :2])
     for one, other in zip(top, more, strict=True):
