@@ -222,7 +222,14 @@ def packed(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-OWN_RULES = [hooked, hooked_before, replaced, louder, parametrized, without_weight, packed]
+def packed_bias(linear: nn.Linear) -> nn.Module:
+    linear.bias = nn.Parameter(linear.bias.detach().as_subclass(Packed))
+    return linear
+
+
+OWN_RULES = [
+    hooked, hooked_before, replaced, louder, parametrized, without_weight, packed, packed_bias
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", OWN_RULES)
@@ -233,6 +240,52 @@ def test_a_layer_that_is_more_than_its_weight_is_called(change, count):
     with torch.no_grad():
         assert torch.equal(project(changed, x), changed(x))
         assert not torch.allclose(changed(x).float(), plain(x).float(), atol=0.1)
+
+
+def with_bias(*sizes: int) -> Callable[[nn.Linear], None]:
+    return lambda linear: setattr(linear, "bias", nn.Parameter(torch.randn(sizes)))
+
+
+def with_one_row(linear: nn.Linear) -> None:
+    linear.weight, linear.bias = nn.Parameter(linear.weight[0].detach()), None
+
+
+def with_sparse_weight(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse())
+
+
+EDITED = {
+    "one bias": with_bias(),
+    "a bias of one": with_bias(1),
+    "a row of biases": with_bias(1, OUTPUTS),
+    "a vector": with_one_row,
+    "a sparse weight": with_sparse_weight,
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+@pytest.mark.parametrize(("count", "dtype"), [(1, torch.bfloat16), (2 * ROWS, torch.float32)])
+def test_a_layer_of_edited_parts_gives_what_it_gives(name, count, dtype, row_products):
+    linear, x = layer(), rows(count, dtype)
+    EDITED[name](linear)
+    linear.to(dtype)
+    with torch.no_grad():
+        actual, expected = project(linear, x), linear(x)
+    assert torch.equal(actual, expected)
+    assert not row_products
+
+
+@pytest.mark.parametrize(
+    "x", [rows(1, torch.bfloat16).to("meta"), rows(1, torch.bfloat16)[..., 1:]]
+)
+def test_what_the_layer_refuses_the_layer_refuses(x):
+    linear = layer(torch.bfloat16)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as expected:
+            linear(x)
+        with pytest.raises(RuntimeError) as actual:
+            project(linear, x)
+    assert str(actual.value) == str(expected.value)
 
 
 def test_a_global_hook_sees_every_layer():

@@ -27,12 +27,14 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     large pages: fresh memory in small ones costs up to a quarter of the time.
     """
     weight, bias = _weights(linear, x)
-    if weight is None:
+    sizes = () if weight is None else weight.shape
+    if weight is None or len(sizes) != 2:
         result: Tensor = linear(x)
         return result
-    batch, length, _ = x.shape
-    rows, outputs = batch * length, weight.shape[0]
-    if rows == 1 and weight.dtype in _HALF and _reads_rows(weight, bias):
+    batch, length, width = x.shape
+    outputs, inputs = sizes
+    rows = batch * length
+    if rows == 1 and width == inputs and weight.dtype in _HALF and _reads_rows(weight, bias, sizes):
         row = x.reshape(-1).contiguous()
         product: Tensor = torch.ops.manyheads.project_row.default(row, weight, bias)
         return product.view(1, 1, outputs)
@@ -48,10 +50,12 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return out.view(batch, length, outputs)
 
 
-def _reads_rows(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether our kernel is there and can read these in place."""
+def _reads_rows(weight: Tensor, bias: Tensor | None, sizes: torch.Size) -> bool:
+    """Whether our kernel is there and can read these in place; sizes: those of the weight."""
     contiguous = weight.is_contiguous() and (bias is None or bias.is_contiguous())
-    return contiguous and weight.numel() > 0 and _ops.cpu_kernels().name is not None
+    # nn.Linear takes any bias that broadcasts.
+    one_each = bias is None or (bias.ndim == 1 and bias.numel() == sizes[0])
+    return contiguous and one_each and 0 not in sizes and _ops.cpu_kernels().name is not None
 
 
 def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
@@ -62,7 +66,11 @@ def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | tup
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(linear) is not nn.Linear:
         return None, None
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    if type(weight) is not nn.Parameter or type(x) is not Tensor or not weight.is_cpu:
+    if type(weight) is not nn.Parameter or type(x) is not Tensor:
+        return None, None
+    if bias is not None and type(bias) is not nn.Parameter:
+        return None, None
+    if not weight.is_cpu or not x.is_cpu or weight.layout is not torch.strided:
         return None, None
     if x.dtype is not weight.dtype or torch._C._is_any_autocast_enabled():
         return None, None
