@@ -27,14 +27,14 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     large pages: fresh memory in small ones costs up to a quarter of the time.
     """
     weight, bias = _weights(linear, x)
-    sizes = () if weight is None else weight.shape
-    if weight is None or len(sizes) != 2:
+    if weight is None:
         result: Tensor = linear(x)
         return result
     batch, length, width = x.shape
-    outputs, inputs = sizes
+    outputs, inputs = weight.shape
     rows = batch * length
-    if rows == 1 and width == inputs and weight.dtype in _HALF and _reads_rows(weight, bias, sizes):
+    one = rows == 1 and width == inputs and weight.dtype in _HALF
+    if one and _reads_rows(weight, bias, outputs):
         row = x.reshape(-1).contiguous()
         product: Tensor = torch.ops.manyheads.project_row.default(row, weight, bias)
         return product.view(1, 1, outputs)
@@ -50,12 +50,11 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return out.view(batch, length, outputs)
 
 
-def _reads_rows(weight: Tensor, bias: Tensor | None, sizes: torch.Size) -> bool:
-    """Whether our kernel is there and can read these in place; sizes: those of the weight."""
-    contiguous = weight.is_contiguous() and (bias is None or bias.is_contiguous())
-    # nn.Linear takes any bias that broadcasts.
-    one_each = bias is None or (bias.ndim == 1 and bias.numel() == sizes[0])
-    return contiguous and one_each and 0 not in sizes and _ops.cpu_kernels().name is not None
+def _reads_rows(weight: Tensor, bias: Tensor | None, outputs: int) -> bool:
+    """Whether our kernel is there and can read these in place."""
+    fits = bias is None or (bias.is_contiguous() and bias.numel() == outputs)
+    readable = fits and weight.is_contiguous() and weight.numel() > 0
+    return readable and _ops.cpu_kernels().name is not None
 
 
 def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
@@ -80,5 +79,8 @@ def _weights(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | tup
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     traced = torch._C._get_tracing_state() is not None
     if hooked or replaced or watched or transformed or traced:
+        return None, None
+    # nn.Linear takes a vector as well, and any bias that broadcasts.
+    if weight.ndim != 2 or (bias is not None and bias.ndim != 1):
         return None, None
     return weight, bias

@@ -23,6 +23,7 @@
 #include "case.h"
 #include "check_backward.h"
 #include "check_forward.h"
+#include "check_product.h"
 #include "check_queue.h"
 #include "check_statistics.h"
 #include "check_vec.h"
@@ -96,6 +97,9 @@ void check_case(const std::vector<const Kernels*>& all, const Case& made, uint64
     subject = std::string(kernels->name) + ", statistics, " + made.name;
     const std::string unlike = check_statistics(*kernels, made, measures, random);
     expect(unlike.empty(), unlike.c_str());
+    subject = std::string(kernels->name) + ", product of seed " + std::to_string(seed);
+    const std::string untrue = check_product(*kernels, random);
+    expect(untrue.empty(), untrue.c_str());
   }
 }
 
