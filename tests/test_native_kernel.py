@@ -167,6 +167,35 @@ def test_every_byte_but_zero_in_a_bool_mask_means_true(plan: str) -> None:
     check(Problem(query, key, value, true), mask=mask)
 
 
+def far_apart(x: Tensor, axis: int) -> Tensor:
+    """A copy whose neighbours along `axis` lie 2^31 numbers apart: most of its memory is unused."""
+    strides = [*x.contiguous().stride()]
+    strides[axis] = 2**31 + 7
+    size = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    return torch.empty(size, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("rows", [2, 17])
+def test_offsets_past_32_bits(axis: int, which: str, rows: int) -> None:
+    sizes = {name: [2, 2, 67, 19] for name in ("query", "key", "value")}
+    sizes["query"][2] = rows
+    if axis == 2:  # every row so far from the next
+        sizes = {name: [1, 1, 2, 19] for name in sizes}
+        sizes["query"][2] = rows if which != "query" else 2
+    near = {name: torch.randn(size).bfloat16() for name, size in sizes.items()}
+    results = []
+    for inputs in (near, {**near, which: far_apart(near[which], axis)}):
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        with torch.no_grad():
+            decoded = mh.attention(*leaves, mask=mh.Causal(), query_start=1, backend="native")
+        out = mh.attention(*leaves, mask=mh.Causal(), query_start=1, backend="native")
+        results.append((decoded, out, *torch.autograd.grad(out.sum(), leaves)))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 # Positions.
 
 
