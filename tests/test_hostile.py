@@ -5,6 +5,7 @@ tests/test_attention.py runs this file on every instruction set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from cases import Built, Case, build
 from oracle import Problem, attend
 from tolerance import assert_close_to_oracle, assert_gradients_close, assert_lse_close, eager
 from torch import Tensor
+
+import manyheads as mh
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 LENGTHS = pytest.mark.parametrize("lengths", [(1, 67), (61, 67)], ids=str)
@@ -100,3 +103,23 @@ def test_65536_keys(kind: str, dtype: torch.dtype) -> None:
         built = Built(equal(built.problem), built.arguments)
     check(built, dtype)
     check_gradients(built, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3, 11], ids=str)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_broken_value_counts_however_small_its_weight(
+    masked: bool, bad: float, rows: int, dtype: torch.dtype
+) -> None:
+    """0 times infinity is not a number: what is attended to is not what is masked."""
+    query, key, value = (torch.randn(1, 1, n, 32).to(dtype) for n in (rows, 67, 67))
+    query[..., 0], key[..., 0], key[0, 0, 11, 0] = 1, 0, -1e4
+    value[0, 0, 11, 5] = bad
+    allowed = torch.ones(rows, 67, dtype=torch.bool)
+    allowed[-1, 11 if rows > 1 else 12] = not masked
+    allowed[:, 13] = not masked
+    out = mh.attention(query, key, value, mask=allowed, scale=1.0, backend="native")
+    exact, _ = attend(Problem(query, key, value, allowed, scale=1.0))
+    assert not exact[0, 0, 0, 5].isfinite()
+    assert torch.equal(out.isfinite(), exact.isfinite())
