@@ -218,6 +218,20 @@ def test_zoom(heads: tuple[int, int]) -> None:
         assert_close_to_oracle(answer, formula(exact), formula(plain), torch.float32)
 
 
+@pytest.mark.parametrize("cells", [1, 3, 5, 40])
+def test_maps_whose_cells_reach_over_spans_of_rows(cells: int) -> None:
+    """A span has a part in the cells that its first and last row fall into as well."""
+    case = Case("causal", heads=(2, 1), sizes=(7, 7), lengths=(811, 67), batch=1, query_start=0)
+    built = build(case)
+    windows = [((0, 811), (0, 67)), ((97, 809), (1, 67))]
+    questions = [mh.HeatMap(cells, 3, *window) for window in windows]
+    exact, plain = (Dense(built, case, t) for t in (torch.float64, torch.float32))
+    answers = mh.measure(built.problem.query, built.problem.key, questions, **built.arguments)
+    for (rows, keys), answer in zip(windows, answers, strict=True):
+        formula = heat_map(cells, 3, slice(*rows), slice(*keys))
+        assert_close_to_oracle(answer, formula(exact), formula(plain), torch.float32)
+
+
 def test_more_masses_than_one_pass_takes() -> None:
     built = build(Case("causal", heads=(3, 3), lengths=(13, 29)))
     questions = [mh.FirstKeysMass(n) for n in range(1, 12)]
