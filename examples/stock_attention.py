@@ -13,7 +13,7 @@ class StockAttention(mh.MultiHeadAttention):
     In self-attention give it no mask that moves the queries: with right padding, KeyLengths alone.
     """
 
-    def forward(self, query, key=None, value=None, *, mask=None, cache=None):  # noqa: D102
+    def forward(self, query, key=None, value=None, *, mask=None, cache=None):
         key = query if key is None else key
         value = key if value is None else value
         q, k, v = (

@@ -48,7 +48,7 @@ def attention(config: Config, mask: mh.Mask | None = None, turn: bool = False) -
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention if `cross`, feed-forward: x + f(norm(x)), or norm(x + f(x))."""
+    """Self-attention, perhaps cross-attention, feed-forward: x + f(norm(x)) or norm(x + f(x))."""
 
     def __init__(self, config: Config, causal: bool, cross: bool) -> None:
         super().__init__()

@@ -128,7 +128,9 @@ def test_enough_beams_find_the_best_of_all_texts(length_penalty):
     model, prompt, end = Transformer(5, CONFIGS[0], 0, 2).eval(), torch.tensor([[1, 3], [2, 2]]), 0
 
     def rank(row, text):
-        steps = model(torch.cat([prompt[row], torch.tensor(text)])[None]).log_softmax(-1)[0]
+        steps = (
+            model(torch.cat([prompt[row], torch.tensor(text)])[None]).log_softmax(-1)[0].detach()
+        )
         total = sum(float(steps[len(prompt[row]) - 1 + i, t]) for i, t in enumerate(text))
         return total / ((5 + len(text)) / 6) ** length_penalty
 
