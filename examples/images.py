@@ -1,0 +1,207 @@
+"""Handwritten digits with a vision transformer (Dosovitskiy et al., 2021), and where it looks.
+
+    python examples/images.py train                        # MNIST: 8,000 pictures to train on
+    python examples/images.py train --name digits          # scikit-learn's 8 x 8 digits
+    python examples/images.py classify my_digit.png        # your own picture, after training
+    python examples/images.py draw attention.png           # attention over held-out pictures
+    python examples/images.py compare --name digits        # with torch's own attention
+
+A picture is cut into patches; each becomes a vector, its place is added, and one more vector, the
+class token, looks at them all: the digit is read from it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import data
+import torch
+import typer
+from digit_pictures import draw_attention, prepared
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training import Order, Settings, load_weights, train
+from transformer import Config, Stack
+
+DIM, HEADS = 64, 4
+RUNS = Path("build/examples")
+app = typer.Typer(help="Handwritten digits with a vision transformer.", add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One data set, and the model and training that suit it."""
+
+    size: int  # pixels a side
+    patch: int  # likewise
+    held_out: int
+    layers: int
+    epochs: int
+    batch: int
+    bf16: bool
+    turn: float  # how far training turns pictures, in radians,
+    shift: float  # moves them, in pixels,
+    zoom: float  # and scales them, a share of the size
+
+
+TASKS = {
+    "mnist": Task(
+        size=28, patch=4, held_out=2000, layers=3, epochs=30, batch=100, bf16=True,
+        turn=0.2, shift=2.0, zoom=0.1,
+    ),
+    "digits": Task(
+        size=8, patch=2, held_out=360, layers=2, epochs=40, batch=32, bf16=False,
+        turn=0.1, shift=0.5, zoom=0.05,
+    ),
+}  # fmt: skip
+
+
+class VisionTransformer(nn.Module):
+    """Pictures [B, size, size] to logits [B, 10]."""
+
+    def __init__(self, task: Task, attention: str = "manyheads") -> None:
+        super().__init__()
+        config = Config(dim=DIM, heads=HEADS, dropout=0.0, positions=None, attention=attention)
+        self.patches = nn.Conv2d(1, DIM, task.patch, stride=task.patch)
+        self.token = nn.Parameter(torch.randn(DIM) * 0.02)
+        self.places = nn.Parameter(torch.randn((task.size // task.patch) ** 2 + 1, DIM) * 0.02)
+        self.stack = Stack(config, task.layers)
+        self.head = nn.Linear(DIM, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(images[:, None]).flatten(2).transpose(1, 2)
+        token = self.token.expand(len(images), 1, -1)
+        x = torch.cat([token, patches], 1) + self.places
+        return self.head(self.stack(x)[:, 0])
+
+
+def load(name: str) -> tuple[Tensor, Tensor]:
+    """Images float32 [N, size, size] from 0 to 1 and digits int64 [N]; held-out ones at the end."""
+    if name == "mnist":
+        return data.mnist()
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(found.images / 16, dtype=torch.float32)
+    return images[order], torch.tensor(found.target, dtype=torch.int64)[order]
+
+
+def varied(images: Tensor, task: Task) -> Tensor:
+    """The pictures, each a little turned, moved and scaled by chance."""
+    turn, zoom, right, down = (torch.rand(4, len(images), 1) * 2 - 1).unbind()
+    turn, zoom, move = turn * task.turn, 1 + zoom * task.zoom, 2 * task.shift / task.size
+    first = torch.cat([zoom * turn.cos(), -zoom * turn.sin(), right * move], 1)
+    second = torch.cat([zoom * turn.sin(), zoom * turn.cos(), down * move], 1)
+    shape = [len(images), 1, task.size, task.size]
+    grid = F.affine_grid(torch.stack([first, second], 1), shape, align_corners=False)
+    return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
+
+
+def fit(
+    task: Task,
+    images: Tensor,
+    digits: Tensor,
+    *,
+    seed: int = 0,
+    attention: str = "manyheads",
+    folder: Path | None = None,
+    resume: bool = True,
+) -> tuple[VisionTransformer, dict[str, float]]:
+    """A trained model; its accuracy on the held-out pictures, and what the training took.
+
+    folder: where checkpoints go, and where a stopped training goes on from.
+    """
+    torch.manual_seed(seed)
+    model, split = VisionTransformer(task, attention), len(images) - task.held_out
+    order = Order(split, task.batch, seed)
+    settings = Settings(
+        steps=task.epochs * order.steps_per_epoch, learning_rate=2e-3, weight_decay=0.05,
+        bf16=task.bf16, seed=seed, evaluate_every=5 * order.steps_per_epoch,
+    )  # fmt: skip
+
+    def loss(rows: Tensor) -> Tensor:
+        logits = model(varied(images[rows], task))
+        return F.cross_entropy(logits, digits[rows], label_smoothing=0.1)
+
+    def accuracy() -> dict[str, float]:
+        found = torch.cat([model(part).argmax(-1) for part in images[split:].split(500)])
+        return {"accuracy": float((found == digits[split:]).double().mean())}
+
+    cpu = time.process_time()
+    log = train(model, order, loss, settings, folder, resume, accuracy)
+    cpu = time.process_time() - cpu
+    last = log[-1]
+    return model, {"accuracy": last["accuracy"], "seconds": last["seconds"], "cpu_seconds": cpu}
+
+
+def compare(name: str, seeds: int = 3) -> dict[str, list[float] | float]:
+    """The same trainings with manyheads' and torch's attention, in turn; process time for both."""
+    task, (images, digits) = TASKS[name], load(name)
+    found: dict[str, list[dict[str, float]]] = {"manyheads": [], "sdpa": []}
+    for seed in range(seeds):
+        for attention, measured in found.items():
+            measured.append(fit(task, images, digits, seed=seed, attention=attention)[1])
+    cpu = {kind: sum(one["cpu_seconds"] for one in rows) for kind, rows in found.items()}
+    accuracies = {kind: [one["accuracy"] for one in rows] for kind, rows in found.items()}
+    return {**accuracies, "time_ratio": cpu["manyheads"] / cpu["sdpa"]}
+
+
+def measures() -> dict[str, object]:
+    """What examples/RESULTS.md says of images."""
+    folder = RUNS / "images-mnist"
+    _, mnist = fit(TASKS["mnist"], *load("mnist"), folder=folder, resume=False)
+    digits = compare("digits")
+    return {"mnist": mnist, "digits": digits, "digits_accuracy": mean(digits["manyheads"])}
+
+
+def trained(name: str) -> VisionTransformer:
+    """The model that `train` left."""
+    path = RUNS / f"images-{name}" / "checkpoint.safetensors"
+    if not path.exists():
+        raise typer.BadParameter(f"no trained model at {path}: run `images.py train` first.")
+    model = VisionTransformer(TASKS[name])
+    load_weights(path, model)
+    return model.eval()
+
+
+@app.command("train")
+def train_command(name: str = "mnist", seed: int = 0, anew: bool = False) -> None:
+    """Train, or go on with a training that was stopped."""
+    folder = RUNS / f"images-{name}"
+    _, found = fit(TASKS[name], *load(name), seed=seed, folder=folder, resume=not anew)
+    print(f"{name}: {found['accuracy']:.2%} of held-out pictures right, {found['seconds']:.0f} s")
+
+
+@app.command()
+def classify(file: Path, output: Path | None = None) -> None:
+    """Say which digit a picture of yours shows; `output` gets the attention over it."""
+    model, image = trained("mnist"), prepared(file)[None]
+    shares = model(image).detach()[0].softmax(-1)
+    for share, digit in zip(*(x.tolist() for x in shares.topk(3)), strict=True):
+        print(f"{digit}  {share:.1%}")
+    if output is not None:
+        draw_attention(model, image, output)
+
+
+@app.command()
+def draw(output: Path, name: str = "mnist", count: int = 4) -> None:
+    """Draw where the class token looks on held-out pictures."""
+    images, _ = load(name)
+    draw_attention(trained(name), images[-count:], output)
+
+
+@app.command("compare")
+def compare_command(name: str = "digits", seeds: int = 3) -> None:
+    """The same trainings with torch's own attention."""
+    found = compare(name, seeds)
+    for kind in ("manyheads", "sdpa"):
+        print(f"{kind:10}", *(f"{accuracy:.2%}" for accuracy in found[kind]))
+    print(f"time, manyheads / sdpa: {found['time_ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    app()
