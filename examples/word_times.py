@@ -111,15 +111,3 @@ def words_of(pieces: list[str], begins: Array, offset: float = 0.0) -> list[Word
         else:
             words.append(Word(piece.strip(), start, end))
     return words
-
-
-def monotony(rows: Tensor, frames: int) -> Tensor:
-    """How steadily each head's heaviest frame moves on with the tokens: [layers, heads].
-
-    The correlation between a token's number and the frame that it attends to most: near 1 for a
-    head that aligns text with sound. Needs three tokens or more.
-    """
-    heaviest = rows[..., :frames].argmax(-1).double()
-    number = torch.arange(rows.shape[2], dtype=torch.float64).expand_as(heaviest)
-    x, y = (v - v.mean(-1, keepdim=True) for v in (heaviest, number))
-    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-30)

@@ -1,0 +1,178 @@
+"""Speech to text with Whisper on our attention, and when each word was spoken.
+
+python examples/transcribe.py clip.wav [--timestamps | --words] [--model FOLDER_OR_ID]
+python examples/transcribe.py           # ten clips that come with Debian, and the error rates
+
+Recordings may have any rate and length. The model and the clips are fetched once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import speech_clips
+import torch
+import transformers
+import whisper
+from audio import RATE, Array, cut, read_audio
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+from word_times import CROSS_ATTENTION, LAST_ROW, Word, alignment_map, rows_of, warp
+from word_times import words_of as join_words
+
+import manyheads as mh
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The text of at most 30 s, as tokens; with times, the attention that decided on them.
+
+    frames: how many of the encoder's frames hold sound.
+    rows: [layers, heads, tokens, all frames], with a row for the token that ends the text, if the
+        model came to an end. None: not asked for, or there is no text.
+    """
+
+    tokens: list[int]
+    frames: int
+    rows: Tensor | None = None
+
+
+@torch.no_grad()
+def hear(loaded: whisper.Whisper, samples: Array, times: bool = False) -> Heard:
+    """Generate the text of at most 30 s greedily; with `times`, watched by `mh.observe`."""
+    sound = loaded.processor(
+        samples, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
+    )
+    # Observing runs the model on manyheads, whatever attention it was loaded with.
+    watch = mh.observe(loaded.model, LAST_ROW, layers=CROSS_ATTENTION) if times else nullcontext()
+    with watch as seen:
+        made = loaded.model.generate(
+            **sound, do_sample=False, num_beams=1, return_dict_in_generate=True
+        )
+    # All special tokens have higher numbers than the one that ends a text, which all text is below.
+    whole, end = made.sequences[0].tolist(), loaded.processor.tokenizer.eos_token_id
+    text = [token for token in whole if token < end]
+    rows = rows_of(seen, len(text) + (whole[-1] >= end)) if times and text else None
+    return Heard(text, max(1, int(sound.attention_mask.sum()) // 2), rows)
+
+
+def aligning_heads(model: Any) -> list[tuple[int, int]]:
+    """(layer, head) of the decoder's heads that look where a token was spoken.
+
+    Checkpoints list them; tiny.en's list is that of OpenAI's whisper/__init__.py. Without a list,
+    as whisper/model.py does: every head in the second half of the layers.
+    """
+    listed = getattr(model.generation_config, "alignment_heads", None)
+    layers, heads = model.config.decoder_layers, model.config.decoder_attention_heads
+    return [(layer, head) for layer, head in listed or np.ndindex(layers, heads)
+            if listed or layer >= layers // 2]  # fmt: skip
+
+
+def words_of(loaded: whisper.Whisper, pieces: list[Array], parts: list[Heard]) -> list[Word]:
+    """The words of a recording's pieces, with their times from its beginning."""
+    words: list[Word] = []
+    heads, offset = aligning_heads(loaded.model), 0.0
+    for piece, part in zip(pieces, parts, strict=True):
+        if part.rows is not None:
+            begins = warp(alignment_map(part.rows, heads, part.frames))
+            begins = np.append(begins, part.frames)[: len(part.tokens) + 1]
+            texts = [loaded.processor.tokenizer.decode([token]) for token in part.tokens]
+            words += join_words(texts, begins, offset)
+        offset += len(piece) / RATE
+    return words
+
+
+def transcribe(
+    loaded: whisper.Whisper, samples: Array, times: bool = False
+) -> tuple[str, list[Word]]:
+    """(the text of a recording of any length, its words with their times if asked for)."""
+    pieces = cut(samples)
+    parts = [hear(loaded, piece, times) for piece in pieces]
+    texts = (loaded.processor.tokenizer.decode(part.tokens).strip() for part in parts)
+    return " ".join(texts).strip(), words_of(loaded, pieces, parts)
+
+
+def measure(model: str | None = None, attention: str = "manyheads") -> dict[str, float | int]:
+    """Error rates on the ten clips with our attention (or another), beside PyTorch's.
+
+    wer: in lower case without punctuation, as the clips' transcripts are written.
+    wer_normalised: after OpenAI's normaliser of English, for which "10" is "ten", "Mr." "mister".
+    """
+    clips = [(read_audio(path), said) for path, said in speech_clips.clips()]
+    pair = [whisper.load(model, name) for name in (attention, "sdpa")]
+    heard, seconds = ([], []), [0.0, 0.0]  # type: tuple[list[str], list[str]], list[float]
+    for loaded in pair:
+        hear(loaded, np.zeros(RATE))  # the first call sets things up
+    for samples, _ in clips:
+        for n, loaded in enumerate(pair):
+            begin = time.process_time()
+            heard[n].append(transcribe(loaded, samples)[0])
+            seconds[n] += time.process_time() - begin
+    said, normal = [text for _, text in clips], EnglishTextNormalizer({})
+    plain = jiwer.process_words(said, [speech_clips.plain(text) for text in heard[0]])
+    same = jiwer.process_words([normal(text) for text in said], [normal(text) for text in heard[0]])
+    return {
+        "clips": len(clips),
+        "audio_seconds": sum(len(samples) for samples, _ in clips) / RATE,
+        "words": plain.hits + plain.substitutions + plain.deletions,
+        "errors": plain.substitutions + plain.deletions + plain.insertions,
+        "wer": plain.wer,
+        "wer_normalised": same.wer,
+        "texts_as_sdpa": sum(ours == theirs for ours, theirs in zip(*heard, strict=True)),
+        "cpu_seconds": seconds[0],
+        "cpu_seconds_sdpa": seconds[1],
+    }
+
+
+def show(console: Console, words: list[Word], as_table: bool) -> None:
+    """Words and times, as lines for programs or a table for people."""
+    table = Table("word", "from", "to", title="seconds")
+    for word in words:
+        table.add_row(word.text, f"{word.start:.2f}", f"{word.end:.2f}")
+        if not as_table:
+            print(f"{word.start:.2f}\t{word.end:.2f}\t{word.text}")
+    if as_table:
+        console.print(table)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help=".wav files; none: ten clips, measured")
+    parser.add_argument("--model", help="a folder or Hugging Face id; left out: tiny.en, packaged")
+    parser.add_argument("--attention", default="manyheads", help="manyheads, sdpa or eager")
+    parser.add_argument("--timestamps", action="store_true", help="each word with its seconds")
+    parser.add_argument("--words", action="store_true", help="the same as a table")
+    chosen, console = parser.parse_args(), Console()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if not chosen.files:
+            for name, value in measure(chosen.model, chosen.attention).items():
+                print(f"{name:18} {value:.4g}")
+            return
+        loaded, times = (
+            whisper.load(chosen.model, chosen.attention),
+            chosen.timestamps or chosen.words,
+        )
+        for path in chosen.files:
+            text, words = transcribe(loaded, read_audio(path), times)
+            console.print(text, markup=False, highlight=False)
+            if times:
+                show(console, words, chosen.words)
+    except mh.ManyHeadsError as problem:
+        sys.exit(f"transcribe.py: {problem}")
+
+
+if __name__ == "__main__":
+    main()
