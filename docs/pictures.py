@@ -1,11 +1,12 @@
-"""Makes the pictures of README.md: a language model's heads, in the real page.
+"""Makes the pictures of README.md: what heads look at, in text and in speech.
 
-make pictures    (needs Chromium; the model is fetched the first time)
+make pictures    (needs Chromium, and apt for the speech; the models are fetched the first time)
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,8 +25,26 @@ TOKEN = "#token/18/6/29"
 
 
 def main() -> None:
-    """Write the page, open it in Chromium, take pictures."""
+    """Make all of them."""
     PICTURES.mkdir(exist_ok=True)
+    speech()
+    heads()
+
+
+def speech() -> None:
+    """Draw the words of one clip over its sound."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import speech_clips
+    import transcribe
+    import whisper
+
+    (clip,) = (path for path, _ in speech_clips.clips() if path.stem.endswith("0920"))
+    samples = transcribe.read_audio(clip)
+    transcribe.picture(whisper.load(), samples, PICTURES / "alignment.png")
+
+
+def heads() -> None:
+    """Write the page, open it in Chromium, take pictures."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page_file = Path(folder) / "attention.html"
         see(TEXT, output=page_file)

@@ -1,6 +1,6 @@
 """Speech to text with Whisper on our attention, and when each word was spoken.
 
-python examples/transcribe.py clip.wav [--timestamps | --words] [--model FOLDER_OR_ID]
+python examples/transcribe.py clip.wav [--words] [--picture out.png] [--model FOLDER_OR_ID]
 python examples/transcribe.py           # ten clips that come with Debian, and the error rates
 
 Recordings may have any rate and length. The model and the clips are fetched once.
@@ -22,13 +22,13 @@ import speech_clips
 import torch
 import transformers
 import whisper
+import word_times
 from audio import RATE, Array, cut, read_audio
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from word_times import CROSS_ATTENTION, LAST_ROW, Word, alignment_map, rows_of, warp
-from word_times import words_of as join_words
 
 import manyheads as mh
 
@@ -73,9 +73,10 @@ def aligning_heads(model: Any) -> list[tuple[int, int]]:
     as whisper/model.py does: every head in the second half of the layers.
     """
     listed = getattr(model.generation_config, "alignment_heads", None)
+    if listed:
+        return [(layer, head) for layer, head in listed]
     layers, heads = model.config.decoder_layers, model.config.decoder_attention_heads
-    return [(layer, head) for layer, head in listed or np.ndindex(layers, heads)
-            if listed or layer >= layers // 2]  # fmt: skip
+    return [(layer, head) for layer in range(layers // 2, layers) for head in range(heads)]
 
 
 def words_of(loaded: whisper.Whisper, pieces: list[Array], parts: list[Heard]) -> list[Word]:
@@ -86,10 +87,14 @@ def words_of(loaded: whisper.Whisper, pieces: list[Array], parts: list[Heard]) -
         if part.rows is not None:
             begins = warp(alignment_map(part.rows, heads, part.frames))
             begins = np.append(begins, part.frames)[: len(part.tokens) + 1]
-            texts = [loaded.processor.tokenizer.decode([token]) for token in part.tokens]
-            words += join_words(texts, begins, offset)
+            words += word_times.words_of(texts_of(loaded, part.tokens), begins, offset)
         offset += len(piece) / RATE
     return words
+
+
+def texts_of(loaded: whisper.Whisper, tokens: list[int]) -> list[str]:
+    """Each token's own text."""
+    return [loaded.processor.tokenizer.decode([token]) for token in tokens]
 
 
 def transcribe(
@@ -100,6 +105,19 @@ def transcribe(
     parts = [hear(loaded, piece, times) for piece in pieces]
     texts = (loaded.processor.tokenizer.decode(part.tokens).strip() for part in parts)
     return " ".join(texts).strip(), words_of(loaded, pieces, parts)
+
+
+def picture(loaded: whisper.Whisper, samples: Array, path: Path) -> None:
+    """Draw the words over the sound of a recording (of its first 30 s) into a .png file."""
+    from alignment_picture import draw  # matplotlib takes a second to import
+
+    piece = cut(samples)[0]
+    part = hear(loaded, piece, times=True)
+    if part.rows is None:
+        raise mh.ArgumentError("no picture: got a recording without words, expected some speech.")
+    texts, heads = texts_of(loaded, part.tokens), aligning_heads(loaded.model)
+    weights = word_times.word_weights(part.rows, heads, texts)[:, : part.frames]
+    draw(loaded, piece, weights, words_of(loaded, [piece], [part]), path)
 
 
 def measure(model: str | None = None, attention: str = "manyheads") -> dict[str, float | int]:
@@ -153,6 +171,7 @@ def main() -> None:
     parser.add_argument("--attention", default="manyheads", help="manyheads, sdpa or eager")
     parser.add_argument("--timestamps", action="store_true", help="each word with its seconds")
     parser.add_argument("--words", action="store_true", help="the same as a table")
+    parser.add_argument("--picture", type=Path, help="a .png file to draw words over sound into")
     chosen, console = parser.parse_args(), Console()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -166,10 +185,13 @@ def main() -> None:
             chosen.timestamps or chosen.words,
         )
         for path in chosen.files:
-            text, words = transcribe(loaded, read_audio(path), times)
+            samples = read_audio(path)
+            text, words = transcribe(loaded, samples, times)
             console.print(text, markup=False, highlight=False)
             if times:
                 show(console, words, chosen.words)
+            if chosen.picture:
+                picture(loaded, samples, chosen.picture)
     except mh.ManyHeadsError as problem:
         sys.exit(f"transcribe.py: {problem}")
 

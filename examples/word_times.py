@@ -100,14 +100,26 @@ def warp(gain: Array) -> Array:
 def words_of(pieces: list[str], begins: Array, offset: float = 0.0) -> list[Word]:
     """Tokens joined to words; a word lasts until the next one begins.
 
-    pieces: each token's text; one that begins with a space begins a word.
-    begins: each token's first frame, and that of the token which ends the text.
+    pieces: each token's text. begins: each token's first frame, and that of what follows the last.
     """
-    words: list[Word] = []
-    for piece, start, end in zip(pieces, begins[:-1].tolist(), begins[1:].tolist(), strict=True):
-        start, end = (offset + frame * SECONDS_PER_FRAME for frame in (start, end))
-        if words and not piece.startswith(" "):
-            words[-1] = Word(words[-1].text + piece, words[-1].start, end)
-        else:
-            words.append(Word(piece.strip(), start, end))
+    words, seconds = [], offset + begins * SECONDS_PER_FRAME
+    for first, last in spans_of(pieces):
+        text = "".join(pieces[first:last]).strip()
+        words.append(Word(text, float(seconds[first]), float(seconds[last])))
     return words
+
+
+def word_weights(rows: Tensor, heads: list[tuple[int, int]], pieces: list[str]) -> Array:
+    """What each word attends to, the mean of its tokens and of these heads: [words, frames]."""
+    weights = torch.stack([rows[layer, head] for layer, head in heads]).mean(0)
+    return np.stack([weights[first:last].mean(0).numpy() for first, last in spans_of(pieces)])
+
+
+def spans_of(pieces: list[str]) -> list[tuple[int, int]]:
+    """(first token, one past the last) of each word; a piece that begins with a space begins one.
+
+    >>> spans_of([" Miss", " Dash", "wood", "."])
+    [(0, 1), (1, 4)]
+    """
+    first = [n for n, piece in enumerate(pieces) if n == 0 or piece.startswith(" ")]
+    return list(zip(first, [*first[1:], len(pieces)], strict=True))
