@@ -57,13 +57,17 @@ def hear(loaded: whisper.Whisper, samples: Array, times: bool = False) -> Heard:
     watch = mh.observe(loaded.model, LAST_ROW, layers=CROSS_ATTENTION) if times else nullcontext()
     with watch as seen:
         made = loaded.model.generate(
-            **sound, do_sample=False, num_beams=1, return_dict_in_generate=True
-        )
-    # All special tokens have higher numbers than the one that ends a text, which all text is below.
+            **sound, do_sample=False, num_beams=1, return_timestamps=False,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    # The token that ends a text has the lowest number of all that are not text.
     whole, end = made.sequences[0].tolist(), loaded.processor.tokenizer.eos_token_id
-    text = [token for token in whole if token < end]
-    rows = rows_of(seen, len(text) + (whole[-1] >= end)) if times and text else None
-    return Heard(text, max(1, int(sound.attention_mask.sum()) // 2), rows)
+    text = [n for n, token in enumerate(whole) if token < end]
+    rows = None
+    if times and text:
+        chosen = text if whole[-1] < end else [*text, len(whole) - 1]
+        rows = rows_of(seen, len(whole) - text[0])[:, :, [n - text[0] for n in chosen]]
+    return Heard([whole[n] for n in text], max(1, int(sound.attention_mask.sum()) // 2), rows)
 
 
 def aligning_heads(model: Any) -> list[tuple[int, int]]:

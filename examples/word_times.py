@@ -9,6 +9,7 @@ Sakoe and Chiba 1978 for the warping.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,4 +123,4 @@ def spans_of(pieces: list[str]) -> list[tuple[int, int]]:
     [(0, 1), (1, 4)]
     """
     first = [n for n, piece in enumerate(pieces) if n == 0 or piece.startswith(" ")]
-    return list(zip(first, [*first[1:], len(pieces)], strict=True))
+    return list(itertools.pairwise([*first, len(pieces)]))
