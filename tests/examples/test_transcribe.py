@@ -388,12 +388,18 @@ def test_tokens_become_words() -> None:
     assert word_times.words_of([], np.array([0])) == []
 
 
-def test_rows_that_were_not_observed_are_missed() -> None:
-    with pytest.raises(mh.ArgumentError, match=r"got 1 calls of .*expected one for each of 2"):
-        attend = mh.MultiHeadAttention(6, 2)
-        with mh.observe(attend, word_times.LAST_ROW) as seen:
+def test_the_rows_are_those_of_the_last_calls() -> None:
+    """What ran before the text began, such as finding its language, does not count."""
+    attend = mh.MultiHeadAttention(6, 2)
+    with mh.observe(attend, word_times.LAST_ROW) as seen:
+        for _ in range(3):
             attend(torch.randn(1, 3, 6))
-        word_times.rows_of(seen, 2)
+    rows = word_times.rows_of(seen, 2)
+    assert rows.shape == (1, 2, 2, 3)
+    for token, record in enumerate(seen.records[1:]):
+        torch.testing.assert_close(rows[0, :, token], record[word_times.LAST_ROW][0])
+    with pytest.raises(mh.ArgumentError, match=r"got 3 calls of .*expected one for each of 5"):
+        word_times.rows_of(seen, 5)
 
 
 # --- the clips ------------------------------------------------------------------------------------
