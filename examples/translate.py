@@ -26,6 +26,7 @@ import sacrebleu
 import sentencepiece
 import torch
 import typer
+from attention_picture import draw
 from data import package_file
 from torch import Tensor
 
@@ -114,20 +115,6 @@ def alignment(translator: Translator, sentence: str) -> tuple[list[str], list[st
     return [pieces(i) for i in source], [pieces(i) for i in target], weights
 
 
-def draw(translator: Translator, sentence: str, path: Path) -> None:
-    """Save a picture of `alignment`."""
-    from matplotlib.figure import Figure
-
-    source, target, weights = alignment(translator, sentence)
-    figure = Figure(figsize=(0.42 * len(source) + 2, 0.36 * len(target) + 1.2), dpi=80)
-    axes = figure.add_subplot()
-    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(source)), source, rotation=60, ha="right")
-    axes.set_yticks(range(len(target)), target)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def django_sample() -> list[tuple[str, str]]:
     """(English, Brazilian Portuguese) strings of six words and more, without placeholders."""
     pairs: dict[str, str] = {}
@@ -191,7 +178,7 @@ def main(
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     print(translator(text.rstrip("\n"), beams))
     if picture is not None:
-        draw(translator, text, picture)
+        draw(*alignment(translator, text), picture)
 
 
 if __name__ == "__main__":
