@@ -30,8 +30,7 @@ from text_to_text import Pair, TextToText, learn_tokens, without_near_copies
 from training import Settings
 from transformer import Config
 
-from manyheads.demo_models import LoadedModel, cache_folder
-from manyheads.demo_models import load as load_language_model
+from manyheads.demo_models import LoadedModel, cache_folder, load
 
 FOLDER = cache_folder() / "runs" / "summaries"
 #: The beginning says what a package is; the end, whether it is "documentation" or "development".
@@ -88,6 +87,14 @@ def best_lead(pairs: Sequence[Pair]) -> int:
     """How many first words score best on these pairs."""
     texts, references = zip(*pairs, strict=True)
     return max(range(3, 20), key=lambda n: score([lead(text, n) for text in texts], references))
+
+
+def load_language_model(which: str | None) -> LoadedModel:
+    """SmolLM2-135M, or the model named, on manyheads' attention."""
+    from manyheads.integrations import huggingface  # brings transformers, which takes seconds
+
+    huggingface.register()
+    return load(which)
 
 
 def prompted(language_model: LoadedModel, text: str) -> str:

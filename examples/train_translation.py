@@ -32,7 +32,7 @@ from manyheads.demo_models import cache_folder
 FOLDER = cache_folder() / "runs" / "translation"
 MOST_WORDS = 16  # a small model learns short sentences in minutes; long ones would take hours
 SIZES = {"layers": (2, 2), "source_tokens": 48, "target_tokens": 48}
-SETTINGS = Settings(steps=4500, learning_rate=2e-3, warmup=400, weight_decay=0.05, bf16=True)
+SETTINGS = Settings(steps=3000, learning_rate=2e-3, warmup=400, weight_decay=0.05, bf16=True)
 BATCH = 64
 
 
