@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from chat import growing_cache
+from growing_cache import growing_cache
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -2,11 +2,14 @@ import io
 import os
 import signal
 import sys
+from unittest import mock
 
 import pytest
 import tiny_model
 import torch
-from chat import Chat, GrowingLayer, Sampling, main, measures
+from chat import main, measures
+from conversation import Chat, Sampling
+from growing_cache import GrowingLayer
 from transformers import TextStreamer
 
 import manyheads as mh
@@ -68,6 +71,21 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(folder, chat):
     assert turn.tokens == from_scratch(folder, chat, 11)
 
 
+def test_a_turn_that_broke_leaves_no_broken_cache(folder, chat):
+    chat.answer("why")
+    layer = chat.model.model.layers[1]
+
+    def press(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(layer, "forward", press):
+        chat.answer("who")
+    assert len(chat.messages) == 2  # the question without an answer is forgotten
+    turn = chat.answer("is the sky blue")
+    assert turn.run == turn.prompt
+    assert turn.tokens == from_scratch(folder, chat, 11)
+
+
 def test_first_turns_are_forgotten_where_the_context_ends(folder, chat):
     for _ in range(6):
         turn = chat.answer("why is the sky blue")
@@ -102,6 +120,13 @@ def test_lines_that_are_not_typed_are_answered(folder, monkeypatch, capsys):
 def test_a_missing_model_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["chat.py", "--model", "./nowhere"])
     with pytest.raises(SystemExit, match=r"chat: no model at './nowhere'\. Expected"):
+        main()
+
+
+@pytest.mark.parametrize("option", [["--temperature=-1"], ["--top-p", "2"], ["--top-k=-3"]])
+def test_sampling_that_means_nothing(option, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["chat.py", *option])
+    with pytest.raises(SystemExit, match=r"chat: got a t.*expected"):
         main()
 
 

@@ -6,7 +6,8 @@ import read_text
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from read_text import AFTER, BEFORE, CHANNELS, HEADS, PAST, Recogniser, draw, main, measures, pixels
+from read_text import draw, main, measures, pixels
+from recogniser import AFTER, BEFORE, CHANNELS, HEADS, PAST, Recogniser
 
 CLASSES = 11  # none, nine characters, a space
 CHARACTERS = "abcdefghi"
