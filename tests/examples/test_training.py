@@ -112,14 +112,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run(tmp_path, settings=Settings(**{**vars(SETTINGS), "seed": 5}), resume=False)
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
     path = tmp_path / CHECKPOINT
     save_checkpoint(path, {"a": torch.ones(3)}, {"step": 1})
 
-    def full(_):
+    def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(path, {"a": torch.zeros(3)}, {"step": 2})
     tensors, state = load_checkpoint(path)
