@@ -21,17 +21,21 @@ Pooling pooling_of(int64_t length, int64_t cells) {
   return {begin, length, std::min(cells, length - begin)};
 }
 
-// Everything asked at once, with memory for it that ends where it ends.
+// Everything asked at once, with memory for it that ends where it ends; `attends`: with the forward
+// pass, which then leaves `stats`.
 class StatisticsCall {
  public:
-  StatisticsCall(const Forward& forward, const Array<float>& stats) {
+  StatisticsCall(const Forward& forward, const Array<float>& stats, bool attends) {
+    call_.attends = attends;
     Forward& f = call_.forward;
     f = forward;
     const int64_t rows = f.B * f.Hq * f.Lq;
     f.row_max = stats.data();
     f.row_sum = stats.data() + rows;
-    f.Dv = 0;
-    std::fill_n(f.value_stride, 3, 0);
+    if (!attends) {
+      f.Dv = 0;
+      std::fill_n(f.value_stride, 3, 0);
+    }
     call_.num_first = call_.num_offsets = 2;
     call_.first_keys[0] = 1, call_.first_keys[1] = f.Lk / 2 + 1;
     call_.offsets[0] = -1, call_.offsets[1] = 3;
@@ -144,6 +148,40 @@ Measures<T> plain_measures(const Forward& f, Order order) {
   return sorted;
 }
 
+void* row_of_out(const Forward& f, int64_t i) {
+  const int64_t at = i / (f.Hq * f.Lq) * f.out_stride[0] + i / f.Lq % f.Hq * f.out_stride[1] +
+                     i % f.Lq * f.out_stride[2];
+  return static_cast<char*>(f.out) + at * size_of(f.type);
+}
+std::vector<char> bytes_of_out(const Forward& f) {
+  std::vector<char> bytes;
+  for (int64_t i = 0; i < f.B * f.Hq * f.Lq; ++i) {
+    const char* row = static_cast<const char*>(row_of_out(f, i));
+    bytes.insert(bytes.end(), row, row + f.Dv * size_of(f.type));
+  }
+  return bytes;
+}
+
+// The same bits where the forward pass is run with the statistics.
+std::string run_together(const Kernels& kernels, const Forward& call, Random& random,
+                         const std::vector<float>& results) {
+  const int64_t rows = call.B * call.Hq * call.Lq;
+  const std::vector<char> out = bytes_of_out(call);
+  for (int64_t i = 0; i < rows; ++i) wipe(row_of_out(call, i), call.Dv * size_of(call.type));
+  const Array<float> stats(2 * rows);
+  wipe(stats.data(), stats.size() * 4);
+  StatisticsCall together(call, stats, true);
+  together.run_in_random_order(kernels.statistics, random);
+  if (!same_bits(together.results(), results)) return "other bits with the forward pass";
+  if (bytes_of_out(call) != out) return "another output with the statistics";
+  const std::vector<float> found(stats.begin(), stats.end());
+  const std::vector<float> expected(call.row_max, call.row_max + 2 * rows);
+  if (!same_bits(found, expected)) return "other maxima and sums with the statistics";
+  together.wipe_results();
+  together.run_on_threads(kernels.statistics, random.integer(1, 4));
+  return same_bits(together.results(), results) ? "" : "other bits on threads, together";
+}
+
 // Maxima and sums of the forward pass, and the same bits from any order and threads.
 std::string run(const Kernels& kernels, const Forward& given, Random& random,
                 std::vector<float>& results, Measures<float>* measures) {
@@ -153,7 +191,7 @@ std::string run(const Kernels& kernels, const Forward& given, Random& random,
   call.row_max = stats.data();
   call.row_sum = stats.data() + rows;
   run_in_random_order(kernels, call, random);
-  StatisticsCall asked(call, stats);
+  StatisticsCall asked(call, stats, false);
   asked.run_in_random_order(kernels.statistics, random);
   results = asked.results();
   if (measures) {
@@ -168,7 +206,8 @@ std::string run(const Kernels& kernels, const Forward& given, Random& random,
   }
   asked.wipe_results();
   asked.run_on_threads(kernels.statistics, random.integer(1, 4));
-  return same_bits(asked.results(), results) ? "" : "other bits on threads";
+  if (!same_bits(asked.results(), results)) return "other bits on threads";
+  return kernels.statistics.keeps_scores(call) ? run_together(kernels, call, random, results) : "";
 }
 
 }  // namespace
