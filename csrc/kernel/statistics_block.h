@@ -265,15 +265,18 @@ void measure_block(const Statistics& stats, MeasuredTile& t, const Workspace& wo
   float* const scores = tile.kept ? tile.kept + key_of_block * (N * Vec::kLanes) : work.scores;
   if (tile.kept) {
     if (call.bias.dense) block.core_begin = block.core_end = block.begin;
-    if (stats.max_logit) take_max<N>(scores, block.begin, block.end, largest);
+    if (stats.max_logit) {  // in the order below, on which NaN depends; the core's comes last
+      take_max<N>(scores, block.begin, block.core_begin, largest);
+      take_max<N>(scores, block.core_end, block.end, largest);
+    }
   } else {
     Products::template compute_scores<N>(call, tile, work, kv, block, nullptr);
     make_logits<N>(call, tile, block, work);
     mask_scores<N>(tile, block, work, block.begin, block.core_begin, largest);
     mask_scores<N>(tile, block, work, block.core_end, block.end, largest);
-    if (stats.max_logit) take_max<N>(scores, block.core_begin, block.core_end, largest);
   }
   if (stats.max_logit) {
+    take_max<N>(scores, block.core_begin, block.core_end, largest);
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) store(t.largest + n * Vec::kLanes, largest[n]);
   }
