@@ -121,9 +121,11 @@ constexpr int kMaxMasses = 8;
 // What is measured of one call's weights P, float32 whatever its type. What is null is not wanted.
 // A row that may attend to nothing measures 0.
 struct Statistics {
-  Forward forward;       // row_max and row_sum are what the forward pass left; it has no value, Dv
-                         // is 0, and no out, unless
-  bool attends;          // it is to be run with them, tile by tile, if `keeps_scores`
+  Forward forward;  // row_max and row_sum are what the forward pass left; it has no value, Dv is 0,
+                    // and no out
+  // Or the forward pass has yet to be run, tile by tile with the statistics, and `forward` is all
+  // that takes. Only where `keeps_scores`.
+  bool attends;
   float* entropy;        // [B, Hq, Lq]
   float* max_logit;      // [B, Hq, Lq], -inf for a row that may attend to nothing
   float* mean_distance;  // [B, Hq, Lq]
@@ -149,8 +151,8 @@ struct StatisticsKernels {
   int64_t (*num_items)(const Statistics&, Stage);
   void (*begin)(const Statistics&, void* scratch);
   void (*run)(const Statistics&, Stage, int64_t item, void* scratch);
-  bool (*keeps_scores)(
-      const Forward&);  // whether they fit in a cache, so that `attends` may be set
+  // Whether a tile's scores fit in a cache, so that `attends` may be set.
+  bool (*keeps_scores)(const Forward&);
 };
 
 // One ISA's kernels. A call is cut into `num_items` independent items, in the order they should be

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_model import save
 
 import manyheads as mh
 from manyheads import benchmark, cli, commands, demo_models, head_commands, inspect
@@ -35,24 +34,7 @@ def run(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(83)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=12,
-        intermediate_size=13,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=4,
-        initializer_range=1.0,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    save(folder, WORDS, 2048, template=None, unk_token="<unk>")
     return folder
 
 

@@ -6,8 +6,8 @@ asked for. `attention_backward` takes the same and what flows back, and returns 
 bits are set in `needs`, empty tensors for the others. `attention_statistics` takes a call's stats
 and what makes its scores, and measures its weights (csrc/attention.h: Statistics);
 `attention_measured` is the forward pass and that in one. Their results have no gradient here:
-_autograd.py ties the first two together. `project_row` is weight x + bias
-for one row x, and has none.
+_autograd.py ties the first two together. `project_row` is weight x + bias for one row x, and has
+none.
 
 When the library is absent or does not load, importing manyheads still works: `LIBRARY_ERROR` says
 why, and the native backend declines every call for that reason.
