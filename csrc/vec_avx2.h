@@ -96,6 +96,7 @@ inline Lanes both(Lanes a, Lanes b) { return {_mm256_and_ps(a.v, b.v)}; }
 inline Lanes either(Lanes a, Lanes b) { return {_mm256_or_ps(a.v, b.v)}; }
 inline bool any(Lanes a) { return _mm256_movemask_ps(a.v) != 0; }
 inline bool all(Lanes a) { return _mm256_movemask_ps(a.v) == 0xff; }
+inline uint32_t bits(Lanes a) { return uint32_t(_mm256_movemask_ps(a.v)); }  // bit i: lane i
 
 inline VecI set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline VecI load_int(const int32_t* p) {

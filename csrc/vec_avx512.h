@@ -103,6 +103,7 @@ inline Lanes both(Lanes a, Lanes b) { return a & b; }
 inline Lanes either(Lanes a, Lanes b) { return a | b; }
 inline bool any(Lanes a) { return a != 0; }
 inline bool all(Lanes a) { return a == 0xffff; }
+inline uint32_t bits(Lanes a) { return a; }  // bit i: lane i
 
 inline VecI set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline VecI load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }

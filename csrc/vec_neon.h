@@ -94,6 +94,9 @@ inline Lanes both(Lanes a, Lanes b) { return {vandq_u32(a.v, b.v)}; }
 inline Lanes either(Lanes a, Lanes b) { return {vorrq_u32(a.v, b.v)}; }
 inline bool any(Lanes a) { return vmaxvq_u32(a.v) != 0; }
 inline bool all(Lanes a) { return vminvq_u32(a.v) != 0; }
+inline uint32_t bits(Lanes a) {  // bit i: lane i
+  return vaddvq_u32(vandq_u32(a.v, uint32x4_t{1, 2, 4, 8}));
+}
 
 inline VecI set_int(int32_t x) { return {vdupq_n_s32(x)}; }
 inline VecI load_int(const int32_t* p) { return {vld1q_s32(p)}; }

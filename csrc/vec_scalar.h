@@ -137,6 +137,9 @@ inline Lanes both(Lanes a, Lanes b) { return {a.v & b.v}; }
 inline Lanes either(Lanes a, Lanes b) { return {a.v | b.v}; }
 inline bool any(Lanes a) { return a.v[0] | a.v[1] | a.v[2] | a.v[3]; }
 inline bool all(Lanes a) { return a.v[0] & a.v[1] & a.v[2] & a.v[3]; }
+inline uint32_t bits(Lanes a) {  // bit i: lane i
+  return uint32_t((a.v[0] & 1) | (a.v[1] & 2) | (a.v[2] & 4) | (a.v[3] & 8));
+}
 inline Vec abs(Vec a) { return {(Vec::Type)((VecI::Type)(a.v) & 0x7fffffff)}; }
 
 inline VecI set_int(int32_t x) { return {VecI::Type{x, x, x, x}}; }

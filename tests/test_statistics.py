@@ -190,6 +190,39 @@ def test_equal_scores_give_the_first_keys() -> None:
         assert top.keys[0, 1, row].tolist() == [*first, *range(7 - len(first))]
 
 
+SCORES = {
+    "few values": lambda n: torch.randint(5, (n,)),
+    "ascending": lambda n: torch.arange(n),
+    "descending": lambda n: -torch.arange(n),
+    "equal": lambda n: torch.ones(n),
+    "largest together": lambda n: torch.arange(n).sub(n // 2).abs().clamp(max=23).neg(),
+    "negative and zero": lambda n: -torch.randint(2, (n,)),
+    "largest floats": lambda n: torch.where(torch.arange(n) % 97 == 5, 3.4028234e38, -3e38),
+}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
+@pytest.mark.parametrize("k", [1, 8, 41])
+@pytest.mark.parametrize("scores", SCORES)
+def test_top_keys_in_every_order(
+    scores: str, k: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the heaviest lie, and of equal ones the first."""
+    if not kept:
+        monkeypatch.setattr(native, "run_and_measure", in_two_passes)
+    queries, keys = 131, 1511
+    score = SCORES[scores](keys).float()
+    query, key = torch.ones(1, 1, queries, 1), score.view(1, 1, -1, 1)
+    mask = mh.Causal() & mh.Window(1301, 0)
+    for start in (0, keys - queries):
+        (top,) = mh.measure(query, key, [mh.TopKeys(k)], mask=mask, scale=1.0, query_start=start)
+        for row in (0, 7, 40, 41, 100, queries - 1):
+            first, end = max(0, start + row - 1301), start + row + 1
+            expected = score[first:end].argsort(descending=True, stable=True)[:k] + first
+            missing = [-1] * (k - len(expected))
+            assert top.keys[0, 0, row].tolist() == expected.tolist() + missing
+
+
 def test_large_scores_differ_as_they_did() -> None:
     """Recomputed in another order, scores of 1e4 would be off by more than weights bear."""
     generator = torch.Generator().manual_seed(5)

@@ -183,7 +183,23 @@ template <int N>
 inline void keep_scores(const Tile& tile, const Block& block, const float* scores) {
   constexpr int W = Vec::kLanes, L = N * W;
   float* const kept = tile.kept + block.key * L;
-  for (int64_t i = block.begin * L; i < block.end * L; i += W) store(kept + i, load(scores + i));
+  for (int64_t row = block.begin; row < block.end;) {
+    const int64_t group = row / kPeakKeys;
+    float* const peak = tile.peaks + (block.key / kPeakKeys + group) * L;
+    Vec largest[N];
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) largest[n] = set(-kInfinity);
+    for (const int64_t end = minimum((group + 1) * kPeakKeys, block.end); row < end; ++row) {
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) {
+        const Vec s = load(scores + row * L + n * W);
+        store(kept + row * L + n * W, s);
+        largest[n] = max(largest[n], s);
+      }
+    }
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) store(peak + n * W, largest[n]);
+  }
 }
 
 // out = out * factor + Vᵀ Pᵀ for the block's weights.

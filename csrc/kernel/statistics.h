@@ -81,11 +81,8 @@ inline void start_measured_tile(const Statistics& stats, const RowSpan& span, do
       store(t.outer[which] + i, zero());
     }
     for (int which = 0; which < kMaxMasses; ++which) store(t.at_offset[which] + i, zero());
-    for (int64_t place = 0; place < stats.top; ++place) {
-      store(t.top_scores + place * kMaxLanes + i, minus_infinity);
-      store_int(t.top_keys + place * kMaxLanes + i, set_int(-1));
-    }
   }
+  if (stats.top) start_top(t, stats.top);
   find_map_rows(stats, span, map_sums, t);
 }
 
@@ -112,11 +109,12 @@ inline float entropy_of(const Forward& call, int64_t head, int64_t row, float be
   return float(__builtin_log(sum) - total / sum);
 }
 
-inline void write_top(const Statistics& stats, const MeasuredTile& t) {
+inline void write_top(const Statistics& stats, MeasuredTile& t) {
   const Forward& call = stats.forward;
   const Tile& tile = *t.tile;
   const Vec unit = set(score_unit(call)), minus_infinity = set(-kInfinity);
   alignas(64) float weights[kMaxLanes];
+  for (int i = 0; i < tile.lanes(); i += Vec::kLanes) take_waiting(t, stats.top, i);
   for (int64_t place = 0; place < stats.top; ++place) {
     const float* const scores = t.top_scores + place * kMaxLanes;
     for (int i = 0; i < tile.lanes(); i += Vec::kLanes) {
@@ -132,7 +130,7 @@ inline void write_top(const Statistics& stats, const MeasuredTile& t) {
 }
 
 // What belongs to the tile's rows.
-inline void finish_measured_tile(const Statistics& stats, const MeasuredTile& t) {
+inline void finish_measured_tile(const Statistics& stats, MeasuredTile& t) {
   const Forward& call = stats.forward;
   const Tile& tile = *t.tile;
   const int64_t rows = call.B * call.Hq * call.Lq;
@@ -179,7 +177,14 @@ template <class Products>
 inline void attend_stacked(const Forward& call, const Workspace& work, const Item& stacked,
                            const StatisticsScratch& scratch, int num_tiles, Range keys) {
   const int64_t heads = stacked_heads(call), group = call.Hq / call.Hkv;
-  for (int i = 0; i < num_tiles; ++i) clear_results(call, *scratch.tiles[i].tile);
+  for (int i = 0; i < num_tiles; ++i) {
+    Tile& tile = *scratch.tiles[i].tile;
+    clear_results(call, tile);
+    const int64_t lanes = tile.lanes();
+    for (int64_t at = tile.keys.begin / kPeakKeys * lanes;
+         at < ceil_div(tile.keys.end, kPeakKeys) * lanes; at += Vec::kLanes)
+      store(tile.peaks + at, set(-kInfinity));
+  }
   const Item item{stacked.b, stacked.hkv, stacked.first / heads * group,
                   ceil_div(stacked.end, heads) * group};
   attend_tiles<Products>(call, work, item, scratch.forward.tiles, num_tiles, keys, -1);

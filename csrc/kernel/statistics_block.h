@@ -3,57 +3,9 @@
 // the first cache, and what is not asked for costs nothing.
 #pragma once
 
-#include "statistics_memory.h"
+#include "statistics_top.h"
 
 namespace {
-
-// Into each lane's sorted list, behind those equal to it. Keys come in ascending order, so that of
-// equal ones the first is listed first. Upwards, so that no place waits for another.
-[[gnu::noinline]] void insert_top(float* scores, int32_t* keys, int64_t top, Vec s, VecI key) {
-  scores += (top - 1) * kMaxLanes;
-  keys += (top - 1) * kMaxLanes;
-  Vec here = load(scores);
-  VecI key_here = load_int(keys);
-  Lanes moves = less(here, s);
-  for (int64_t i = 1; i < top; ++i) {
-    const Vec above = load(scores - kMaxLanes);
-    const VecI key_above = load_int(keys - kMaxLanes);
-    const Lanes moves_above = less(above, s);
-    store(scores, select(moves, select(moves_above, above, s), here));
-    store_int(keys, select(moves, select(moves_above, key_above, key), key_here));
-    here = above, key_here = key_above, moves = moves_above;
-    scores -= kMaxLanes;
-    keys -= kMaxLanes;
-  }
-  store(scores, select(moves, s, here));
-  store_int(keys, select(moves, key, key_here));
-}
-
-// A masked score, -inf, is above none.
-template <int N>
-[[gnu::noinline]] void find_top(const MeasuredTile& t, const Block& block, const float* scores,
-                                int64_t top) {
-  constexpr int W = Vec::kLanes, L = N * W;
-  const float* const last = t.top_scores + (top - 1) * kMaxLanes;
-  Vec least[N];
-#pragma GCC unroll 3
-  for (int n = 0; n < N; ++n) least[n] = load(last + n * W);
-  for (int64_t row = block.begin; row < block.end; ++row) {
-    Vec s[N];
-#pragma GCC unroll 3
-    for (int n = 0; n < N; ++n) s[n] = load(scores + row * L + n * W);
-    Lanes above = less(least[0], s[0]);
-#pragma GCC unroll 3
-    for (int n = 1; n < N; ++n) above = either(above, less(least[n], s[n]));
-    if (!any(above)) continue;
-    for (int n = 0; n < N; ++n) {
-      if (!any(less(least[n], s[n]))) continue;
-      insert_top(t.top_scores + n * W, t.top_keys + n * W, top, s[n],
-                 set_int(int32_t(block.key + row)));
-      least[n] = load(last + n * W);
-    }
-  }
-}
 
 // Sums over the rows of a block are summed by so many rows first: one chain over all of them would
 // be less exact than the sums they are measured against.

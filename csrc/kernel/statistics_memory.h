@@ -113,6 +113,8 @@ struct MapRow {
 constexpr int64_t kSumSpan = 16 * kBlock;
 enum RowSum : int { kEntropySum, kDistanceSum, kFirstSums, kMaxRowSums = kFirstSums + kMaxMasses };
 
+constexpr int kMaxWaiting = 16;
+
 struct MeasuredTile {
   Tile* tile;
   // inverse_sum is 0 for lanes that only fill the tile; received_by is too for those that do not
@@ -123,6 +125,9 @@ struct MeasuredTile {
   alignas(64) float at_offset[kMaxMasses][kMaxLanes];
   float* top_scores;  // [top][kMaxLanes], descending
   int32_t* top_keys;  // [top][kMaxLanes]
+  // Scores above `floor`, of which there are few, wait to be sorted in; -inf where none waits.
+  alignas(64) float floor[kMaxLanes], waiting_scores[kMaxWaiting][kMaxLanes];
+  alignas(64) int32_t waiting_keys[kMaxWaiting][kMaxLanes], num_waiting[kMaxLanes];
   int32_t low, high;  // positions of its lanes
   bool broken;        // has a row whose sum is not a number
   int num_map_rows;
@@ -151,6 +156,8 @@ inline StatisticsScratch lay_out(const Statistics& stats, void* start) {
   scratch.map_sums = arena.take<double>(heads * map_size(stats));
   const int64_t kept = stats.attends ? kept_scores(call) : 0;
   float* const scores_kept = arena.take<float>(kept * group_tiles(stats));
+  const int64_t num_peaks = kept / kPeakKeys;
+  float* const peaks = arena.take<float>(num_peaks * group_tiles(stats));
   for (int i = 0; i < kMaxTiles; ++i) {
     float* scores = arena.take<float>(stats.top * kMaxLanes);
     int32_t* keys = arena.take<int32_t>(stats.top * kMaxLanes);
@@ -158,7 +165,9 @@ inline StatisticsScratch lay_out(const Statistics& stats, void* start) {
     scratch.tiles[i].tile = &scratch.forward.tiles[i];
     scratch.tiles[i].top_scores = scores;
     scratch.tiles[i].top_keys = keys;
-    scratch.tiles[i].tile->kept = kept && i < group_tiles(stats) ? scores_kept + i * kept : nullptr;
+    Tile& tile = *scratch.tiles[i].tile;
+    tile.kept = kept && i < group_tiles(stats) ? scores_kept + i * kept : nullptr;
+    tile.peaks = tile.kept ? peaks + i * num_peaks : nullptr;
   }
   scratch.bytes = arena.used;
   return scratch;

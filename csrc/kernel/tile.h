@@ -18,6 +18,8 @@ constexpr int kMaxLanes = kMaxVectors * Vec::kLanes;
 constexpr int kBlock = 128;
 // And trimmed, where no lane attends, in steps of this.
 constexpr int kRowStep = 4;
+// Where scores are kept, the largest of so many is too.
+constexpr int kPeakKeys = 32;
 // Past this many keys, sums over blocks are kept in two levels: one chain of additions over all
 // blocks would leave the numerics rule behind.
 constexpr int64_t kSpan = 16384;
@@ -62,7 +64,8 @@ struct Tile {
   Range keys;    // hull of all lanes' keys
   float* query;  // [D][lanes], or as pairs.h packs it
   Partial inner, outer;
-  float* kept;  // [Lk][lanes], where its scores are to stay for the statistics, or null
+  float* kept;   // [Lk][lanes], where its scores are to stay for the statistics, or null
+  float* peaks;  // [Lk / kPeakKeys][lanes]: their largest, of so many keys each
   alignas(64) int32_t row[kMaxLanes], head[kMaxLanes];  // of each lane
   alignas(64) int32_t position[kMaxLanes];
   alignas(64) int32_t begin[kMaxRanges][kMaxLanes], end[kMaxRanges][kMaxLanes];

@@ -132,9 +132,11 @@ void check_lanes(Expect expect) {
          "either");
   expect(any(odds) && any(every) && !any(none), "any");
   expect(all(every) && !all(odds) && !all(none), "all");
+  expect(bits(every) == (1u << W) - 1 && bits(none) == 0, "bits");
   for (int lane = 0; lane < W; ++lane) {
     const Lanes one = equal(made([&](int i) { return i == lane ? 1.0f : 0.0f; }), set(1));
     expect(any(one) && !all(one), "any and all of one lane");
+    expect(bits(one) == 1u << lane, "bits of one lane");
   }
   expect(all_lanes(select(odds, set(5), mixed), [](int i) { return i % 2 ? 5 : -0.0f; }), "select");
 }
