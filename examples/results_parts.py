@@ -94,7 +94,7 @@ def speech(folder: Path) -> Found:
     from audio import read_audio
     from speech_clips import clips
     from transcribe import measure, transcribe
-    from whisper import load
+    from whisper_model import load
 
     path, _ = clips()[0]
     text, timed = transcribe(load(), read_audio(path), times=True)
