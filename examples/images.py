@@ -21,10 +21,11 @@ from typing import Any
 import data
 import torch
 import typer
+from batches import Order
 from digit_pictures import draw_attention, prepared
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Order, Settings, load_weights, train
+from training import Settings, load_weights, train
 from transformer import Config, Stack
 
 DIM, HEADS = 64, 4
