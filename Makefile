@@ -8,8 +8,10 @@ SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE $(shell find src csrc
   -o -name '*.cpp' -o -name '*.h' \))
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
+EXAMPLES := translation summarisation generation speech images
+
 .PHONY: venv install build demo test test-kernels test-neon test-browser check bench bench-peers \
-  pictures wheel docs clean
+  pictures wheel docs clean examples $(EXAMPLES:%=example-%)
 
 venv: .venv/.requirements
 install: .venv/.installed
@@ -91,6 +93,13 @@ check: install test-kernels
 
 bench: install
 	$(BIN)/python benchmarks/attention.py --write
+
+# Trains and measures; what the page says of examples that are not run stays.
+examples: install
+	$(BIN)/python examples/results.py
+
+$(EXAMPLES:%=example-%): example-%: install
+	$(BIN)/python examples/results.py $*
 
 # Others' attention, each in an environment of its own, since they pin other things; `make bench`
 # times those that are there. They take 2 GB.

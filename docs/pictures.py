@@ -36,11 +36,11 @@ def speech() -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     import speech_clips
     import transcribe
-    import whisper
+    import whisper_model
 
     (clip,) = (path for path, _ in speech_clips.clips() if path.stem.endswith("0920"))
     samples = transcribe.read_audio(clip)
-    transcribe.picture(whisper.load(), samples, PICTURES / "alignment.png")
+    transcribe.picture(whisper_model.load(), samples, PICTURES / "alignment.png")
 
 
 def heads() -> None:

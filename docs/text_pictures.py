@@ -10,11 +10,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from batches import Order
 from corpus import debian
 from matplotlib import pyplot as plt
 from read_text import draw, pixels
 from recogniser import RECOGNISER, Recogniser
-from training import Order
 
 import manyheads as mh
 from manyheads.demo_models import fetch

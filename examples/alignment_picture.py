@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import whisper
+import whisper_model
 from audio import RATE, Array
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ INK, FAINT = "#1f2430", "#8a93a6"
 
 
 def draw(
-    loaded: whisper.Whisper, samples: Array, weights: Array, words: list[Word], path: Path
+    loaded: whisper_model.Whisper, samples: Array, weights: Array, words: list[Word], path: Path
 ) -> None:
     """Write a .png: waveform, spectrogram, and the words' attention with their times outlined.
 

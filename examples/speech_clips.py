@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data import debian_package
+from fetching import debian_package
 
 DATA = Path("usr/share/pocketsphinx/test/data")
 #: (folder, its transcripts: lines of <s> text </s> (name))

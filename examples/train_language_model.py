@@ -24,13 +24,14 @@ from statistics import mean
 from typing import Any
 
 import torch
+from batches import Order
 from checkpoints import CheckpointError
 from corpus import END, Corpus, debian, prepare, texts_of
 from generation import generate
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from training import Order, Settings, train
+from training import Settings, train
 from transformer import Config, Transformer
 
 import manyheads as mh

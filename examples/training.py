@@ -15,17 +15,16 @@ import csv
 import hashlib
 import io
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from batches import Order
 from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write
+from interrupts import stop_asked
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -53,50 +52,6 @@ class Settings:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which rows of the data each step trains on: all of them once per epoch, shuffled.
-
-    With `lengths`, rows of like length share a batch, so that little of it is padding. Rows that
-    fill no batch are left out, others in each epoch.
-    """
-
-    count: int
-    batch_size: int
-    seed: int = 0
-    lengths: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.batch_size <= self.count:
-            raise ValueError(
-                f"batches of {self.batch_size} from {self.count} rows; expected at least one full "
-                "batch: take a smaller batch, or more data."
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.count // self.batch_size
-
-    def batches(self, step: int = 0) -> Iterator[Tensor]:
-        """Int64 [batch_size] for each step from `step` on, without end."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        while True:
-            yield from self.epoch(epoch)[place:]
-            epoch, place = epoch + 1, 0
-
-    def epoch(self, number: int) -> Tensor:
-        """Int64 [steps_per_epoch, batch_size]: the rows of all steps of one epoch."""
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        rows = torch.randperm(self.count, generator=random)
-        rows = rows[: self.steps_per_epoch * self.batch_size]
-        if self.lengths is not None:
-            lengths = torch.as_tensor(self.lengths)
-            pools = rows.split(50 * self.batch_size)  # sorted within a pool: still much by chance
-            rows = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
-        batches = rows.view(-1, self.batch_size)
-        return batches[torch.randperm(len(batches), generator=random)]
 
 
 @dataclass
@@ -185,7 +140,7 @@ def train(
     batches = order.batches(run.step)
     model.train()
     bar = tqdm(total=settings.steps, initial=run.step, unit="step", disable=None)
-    with bar, _stop_asked() as stop:
+    with bar, stop_asked() as stop:
         while run.step < settings.steps:
             _advance(run, loss, next(batches), settings)
             bar.update()
@@ -260,22 +215,3 @@ def _evaluated(model: nn.Module, evaluate: Callable[[], Mapping[str, float]]) ->
         measures = {name: float(value) for name, value in evaluate().items()}
     model.train()
     return measures
-
-
-@contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is never cut in half; a second one is the usual."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals are for the main thread
-        return
-
-    def ask(*_: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

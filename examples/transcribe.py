@@ -21,7 +21,7 @@ import numpy as np
 import speech_clips
 import torch
 import transformers
-import whisper
+import whisper_model
 import word_times
 from audio import RATE, Array, cut, read_audio
 from rich.console import Console
@@ -48,7 +48,7 @@ class Heard:
 
 
 @torch.no_grad()
-def hear(loaded: whisper.Whisper, samples: Array, times: bool = False) -> Heard:
+def hear(loaded: whisper_model.Whisper, samples: Array, times: bool = False) -> Heard:
     """Generate the text of at most 30 s greedily; with `times`, watched by `mh.observe`."""
     sound = loaded.processor(
         samples, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
@@ -83,7 +83,7 @@ def aligning_heads(model: Any) -> list[tuple[int, int]]:
     return [(layer, head) for layer in range(layers // 2, layers) for head in range(heads)]
 
 
-def words_of(loaded: whisper.Whisper, pieces: list[Array], parts: list[Heard]) -> list[Word]:
+def words_of(loaded: whisper_model.Whisper, pieces: list[Array], parts: list[Heard]) -> list[Word]:
     """The words of a recording's pieces, with their times from its beginning."""
     words: list[Word] = []
     heads, offset = aligning_heads(loaded.model), 0.0
@@ -96,13 +96,13 @@ def words_of(loaded: whisper.Whisper, pieces: list[Array], parts: list[Heard]) -
     return words
 
 
-def texts_of(loaded: whisper.Whisper, tokens: list[int]) -> list[str]:
+def texts_of(loaded: whisper_model.Whisper, tokens: list[int]) -> list[str]:
     """Each token's own text."""
     return [loaded.processor.tokenizer.decode([token]) for token in tokens]
 
 
 def transcribe(
-    loaded: whisper.Whisper, samples: Array, times: bool = False
+    loaded: whisper_model.Whisper, samples: Array, times: bool = False
 ) -> tuple[str, list[Word]]:
     """(the text of a recording of any length, its words with their times if asked for)."""
     pieces = cut(samples)
@@ -111,7 +111,7 @@ def transcribe(
     return " ".join(texts).strip(), words_of(loaded, pieces, parts)
 
 
-def picture(loaded: whisper.Whisper, samples: Array, path: Path) -> None:
+def picture(loaded: whisper_model.Whisper, samples: Array, path: Path) -> None:
     """Draw the words over the sound of a recording (of its first 30 s) into a .png file."""
     from alignment_picture import draw  # matplotlib takes a second to import
 
@@ -131,7 +131,7 @@ def measure(model: str | None = None, attention: str = "manyheads") -> dict[str,
     wer_normalised: after OpenAI's normaliser of English, for which "10" is "ten", "Mr." "mister".
     """
     clips = [(read_audio(path), said) for path, said in speech_clips.clips()]
-    pair = [whisper.load(model, name) for name in (attention, "sdpa")]
+    pair = [whisper_model.load(model, name) for name in (attention, "sdpa")]
     heard, seconds = ([], []), [0.0, 0.0]  # type: tuple[list[str], list[str]], list[float]
     for loaded in pair:
         hear(loaded, np.zeros(RATE))  # the first call sets things up
@@ -184,10 +184,8 @@ def main() -> None:
             for name, value in measure(chosen.model, chosen.attention).items():
                 print(f"{name:18} {value:.4g}")
             return
-        loaded, times = (
-            whisper.load(chosen.model, chosen.attention),
-            chosen.timestamps or chosen.words,
-        )
+        loaded = whisper_model.load(chosen.model, chosen.attention)
+        times = chosen.timestamps or chosen.words
         for path in chosen.files:
             samples = read_audio(path)
             text, words = transcribe(loaded, samples, times)

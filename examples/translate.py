@@ -27,7 +27,7 @@ import sentencepiece
 import torch
 import typer
 from attention_picture import draw
-from data import package_file
+from fetching import package_file
 from torch import Tensor
 
 import manyheads as mh

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import data
+import fetching
 import pytest
 import torch
 
@@ -107,12 +108,12 @@ def test_a_wheel_is_checked_and_kept(monkeypatch):
         calls.append(requirement)
         (folder / "thing-1.0-py3-none-any.whl").write_bytes(b"wheel")
 
-    monkeypatch.setattr(data, "pip_download", download)
+    monkeypatch.setattr(fetching, "pip_download", download)
     pin = hashlib.sha256(b"wheel").hexdigest()
     with pytest.raises(FetchError, match="not the file"):
-        data.package_file("thing==1.0", "0" * 64)
+        fetching.package_file("thing==1.0", "0" * 64)
     for _ in range(2):
-        assert data.package_file("thing==1.0", pin).read_bytes() == b"wheel"
+        assert fetching.package_file("thing==1.0", pin).read_bytes() == b"wheel"
     assert calls == ["thing==1.0"] * 2
 
 
@@ -122,10 +123,10 @@ def test_a_debian_package_is_checked_against_apts_record(tool, cache):
     tool("dpkg-deb", 'mkdir -p "$3/usr" && cp "$2" "$3/usr/file"')
     tool("apt-cache", "echo SHA256: 0123")
     with pytest.raises(FetchError, match="expected 0123"):
-        data.debian_package("thing")
+        fetching.debian_package("thing")
     assert list(cache.iterdir()) == []
     tool("apt-cache", f"echo Package: thing; echo SHA256: {pin}")
-    assert (data.debian_package("thing") / "usr" / "file").read_bytes() == b"package\n"
+    assert (fetching.debian_package("thing") / "usr" / "file").read_bytes() == b"package\n"
 
 
 LONG = "This one has {} words. " + "Word " * 40
@@ -225,7 +226,7 @@ def test_lists_are_checked_against_the_signed_release(monkeypatch, cache, signed
         (folder / "host_InRelease").write_text("\n".join(sums))
         return b""
 
-    monkeypatch.setattr(data, "_run", run)
+    monkeypatch.setattr(fetching, "run", run)
     if signed:
         assert data.descriptions("pt_BR") == {}
     else:

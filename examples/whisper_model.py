@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from ctranslate2_file import Arrays, read_ctranslate2, renamed
-from data import package_file
+from fetching import package_file
 from transformers import (
     GenerationConfig,
     WhisperConfig,
