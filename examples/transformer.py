@@ -36,6 +36,7 @@ class Config:
     norm: Literal["pre", "post"] = "pre"  # post is the paper's; pre trains without much care
     positions: Literal["rotary", "sinusoidal"] | None = "rotary"  # None: the caller adds its own
     attention: Literal["manyheads", "sdpa"] = "manyheads"  # sdpa: torch's, to compare with
+    copies: bool = False  # with a source: what is written may be copied from it, see `Copying`
 
 
 def attention(config: Config, mask: mh.Mask | None = None, turn: bool = False) -> nn.Module:
@@ -114,6 +115,34 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
+class Copying(nn.Module):
+    """A pointer (See et al., 2017): a token is written from the vocabulary, or copied.
+
+    P(w) = p_gen P_vocab(w) + (1 - p_gen) sum of a_i over the source's tokens i that are w; a_i is
+    the softmax of (W h) . m_i / sqrt(E), p_gen = sigmoid(w . h + b). h is the decoder's vector.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.writes = nn.Linear(dim, 1)
+
+    def forward(
+        self, logits: Tensor, hidden: Tensor, memory: Tensor, lengths: Tensor, source: Tensor
+    ) -> Tensor:
+        """Log P [B, L, vocabulary].
+
+        logits: [B, L, vocabulary]; hidden: [B, L, E]; memory: [B, Ls, E]; source: int [B, Ls].
+        """
+        scores = (self.query(hidden) @ memory.mT).float() * hidden.shape[-1] ** -0.5
+        padding = torch.arange(source.shape[1]) >= lengths[:, None, None]
+        copied = scores.masked_fill(padding, -torch.inf).softmax(-1)  # [B, L, Ls]
+        writes = self.writes(hidden).float().sigmoid()
+        mixed = writes * logits.float().softmax(-1)
+        mixed = mixed.scatter_add(2, source[:, None].expand_as(copied), (1 - writes) * copied)
+        return mixed.clamp_min(1e-20).log()
+
+
 class Transformer(nn.Module):
     """Tokens in, logits out; encoder only, decoder only or both, as the numbers of layers say.
 
@@ -131,6 +160,8 @@ class Transformer(nn.Module):
         if decoder_layers:
             cross = self.encoder is not None
             self.decoder = Stack(config, decoder_layers, causal=True, cross=cross)
+        both = encoder_layers > 0 and decoder_layers > 0
+        self.copying = Copying(config.dim) if config.copies and both else None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Int [B, L] to vectors [B, L, E] of about unit size."""
@@ -154,9 +185,13 @@ class Transformer(nn.Module):
         memory_mask = _with_lengths(None, memory_lengths)
         return self.decoder(self.embed(tokens), mask, memory, memory_mask, caches)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., vocabulary] of [..., E], through the table of embeddings."""
-        return F.linear(hidden, self.embedding.weight)
+    def logits(self, hidden: Tensor, *source: Tensor | None) -> Tensor:
+        """[..., vocabulary] of [..., E], through the table of embeddings.
+
+        source: what `Copying` needs: memory, lengths and tokens.
+        """
+        logits = F.linear(hidden, self.embedding.weight)
+        return logits if self.copying is None else self.copying(logits, hidden, *source)
 
     def forward(
         self,
@@ -174,7 +209,10 @@ class Transformer(nn.Module):
         memory = self.encode(tokens, lengths, mask)
         if self.decoder is None:
             return self.logits(memory)
-        return self.logits(self.decode(target, memory, lengths))
+        hidden = self.decode(target, memory, lengths)
+        if lengths is None:
+            lengths = torch.full((len(tokens),), tokens.shape[1])
+        return self.logits(hidden, memory, lengths, tokens)
 
     def caches(self) -> list[LayerCache]:
         """Empty caches, for one batch of texts."""
