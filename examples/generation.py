@@ -19,6 +19,7 @@ def generate(
     end: int | None = None,
     memory: Tensor | None = None,
     memory_lengths: Tensor | None = None,
+    source: Tensor | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -34,7 +35,7 @@ def generate(
     tokens = prompt
     while len(written) < new_tokens and not done.all():
         hidden = model.decode(tokens, memory, memory_lengths, caches=caches)
-        logits = model.logits(hidden[:, -1]).float()
+        logits = model.logits(hidden[:, -1:], memory, memory_lengths, source)[:, 0].float()
         if temperature == 0:
             chosen = logits.argmax(-1)
         else:
@@ -66,6 +67,7 @@ def beam_search(
     end: int,
     memory: Tensor | None = None,
     memory_lengths: Tensor | None = None,
+    source: Tensor | None = None,
     beams: int = 4,
     length_penalty: float = 0.6,
 ) -> Tensor:
@@ -79,6 +81,7 @@ def beam_search(
     tokens = prompt[rows]
     memory = None if memory is None else memory[rows]
     memory_lengths = None if memory_lengths is None else memory_lengths[rows]
+    source = None if source is None else source[rows]
     scores = torch.full((batch, beams), -torch.inf)
     scores[:, 0] = 0  # they start alike: only the first counts
     counts = torch.zeros(batch * beams)  # written tokens
@@ -86,7 +89,11 @@ def beam_search(
     written = torch.empty(batch * beams, 0, dtype=torch.long)
     while written.shape[1] < new_tokens and not done.all():
         hidden = model.decode(tokens, memory, memory_lengths, caches=caches)
-        steps = model.logits(hidden[:, -1]).float().log_softmax(-1)
+        steps = (
+            model.logits(hidden[:, -1:], memory, memory_lengths, source)[:, 0]
+            .float()
+            .log_softmax(-1)
+        )
         steps[done] = -torch.inf
         steps[done, end] = 0.0
         totals = scores.view(-1, 1) + steps  # [B * beams, vocabulary]

@@ -35,14 +35,14 @@ from manyheads.demo_models import LoadedModel, cache_folder, load
 FOLDER = cache_folder() / "runs" / "summaries"
 #: The beginning says what a package is; the end, whether it is "documentation" or "development".
 SIZES = {"layers": (2, 2), "source_tokens": 80, "source_end": 24, "target_tokens": 24}
-SETTINGS = Settings(steps=4000, learning_rate=2e-3, warmup=400, weight_decay=0.05, bf16=True)
+SETTINGS = Settings(steps=3000, learning_rate=2e-3, warmup=400, weight_decay=0.05, bf16=True)
 BATCH = 64
 PROMPT = "Summarise this text in one short line of at most eight words.\n\n"
 
 
 def config(attention: str = "manyheads") -> Config:
-    """A small model."""
-    return Config(dim=192, heads=4, hidden=768, dropout=0.1, attention=attention)
+    """A small model; what a package is called and is for stands in its description, to copy."""
+    return Config(dim=192, heads=4, hidden=768, dropout=0.1, attention=attention, copies=True)
 
 
 def family(summary: str) -> str:

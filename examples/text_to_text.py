@@ -103,7 +103,10 @@ class TextToText:
             memory = self.model.encode(source, source_lengths)
             hidden = self.model.decode(target[:, :-1], memory, source_lengths)
             real = torch.arange(hidden.shape[1]) < target_lengths[:, None] - 1
-            logits = self.model.logits(hidden[real])  # of no padding: logits are the dearest part
+            if self.model.copying is None:  # logits are the dearest part: then none of padding
+                logits = self.model.logits(hidden[real])
+            else:
+                logits = self.model.logits(hidden, memory, source_lengths, source)[real]
             return F.cross_entropy(logits.float(), target[:, 1:][real], label_smoothing=smoothing)
 
         if folder is not None:
@@ -126,7 +129,7 @@ class TextToText:
             method = beam_search if beams > 1 else generate
             written = method(
                 self.model, start, self.target_tokens, END,
-                memory=memory, memory_lengths=lengths, **search,
+                memory=memory, memory_lengths=lengths, source=tokens, **search,
             )  # fmt: skip
             texts_written = self.tokenizer.decode_batch(written.tolist(), skip_special_tokens=True)
             found |= zip(chosen, (text.strip() for text in texts_written), strict=True)

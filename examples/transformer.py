@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from copying import Copying
 from stock_attention import StockAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +37,7 @@ class Config:
     norm: Literal["pre", "post"] = "pre"  # post is the paper's; pre trains without much care
     positions: Literal["rotary", "sinusoidal"] | None = "rotary"  # None: the caller adds its own
     attention: Literal["manyheads", "sdpa"] = "manyheads"  # sdpa: torch's, to compare with
+    copies: bool = False  # with a source: what is written may be copied from it, see `Copying`
 
 
 def attention(config: Config, mask: mh.Mask | None = None, turn: bool = False) -> nn.Module:
@@ -131,6 +133,8 @@ class Transformer(nn.Module):
         if decoder_layers:
             cross = self.encoder is not None
             self.decoder = Stack(config, decoder_layers, causal=True, cross=cross)
+        both = encoder_layers > 0 and decoder_layers > 0
+        self.copying = Copying(config.dim) if config.copies and both else None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Int [B, L] to vectors [B, L, E] of about unit size."""
@@ -154,9 +158,13 @@ class Transformer(nn.Module):
         memory_mask = _with_lengths(None, memory_lengths)
         return self.decoder(self.embed(tokens), mask, memory, memory_mask, caches)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., vocabulary] of [..., E], through the table of embeddings."""
-        return F.linear(hidden, self.embedding.weight)
+    def logits(self, hidden: Tensor, *source: Tensor | None) -> Tensor:
+        """[..., vocabulary] of [..., E], through the table of embeddings.
+
+        source: what `Copying` needs: memory, lengths and tokens.
+        """
+        logits = F.linear(hidden, self.embedding.weight)
+        return logits if self.copying is None else self.copying(logits, hidden, *source)
 
     def forward(
         self,
@@ -174,7 +182,10 @@ class Transformer(nn.Module):
         memory = self.encode(tokens, lengths, mask)
         if self.decoder is None:
             return self.logits(memory)
-        return self.logits(self.decode(target, memory, lengths))
+        hidden = self.decode(target, memory, lengths)
+        if lengths is None:
+            lengths = torch.full((len(tokens),), tokens.shape[1])
+        return self.logits(hidden, memory, lengths, tokens)
 
     def caches(self) -> list[LayerCache]:
         """Empty caches, for one batch of texts."""

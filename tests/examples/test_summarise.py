@@ -29,7 +29,7 @@ def tiny(monkeypatch):
     sizes = {"layers": (1, 1), "source_tokens": 31, "source_end": 7, "target_tokens": 13}
     monkeypatch.setattr(summarise, "SIZES", sizes)
     tiny = lambda attention="manyheads": Config(  # noqa: E731
-        dim=32, heads=2, hidden=64, dropout=0.0, attention=attention
+        dim=32, heads=2, hidden=64, dropout=0.0, attention=attention, copies=True
     )
     monkeypatch.setattr(summarise, "config", tiny)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from generation import beam_search, generate
 from tolerance import assert_derived_close
+from torch.nn import functional as F
 from transformer import Config, Transformer
 
 import manyheads as mh
@@ -70,6 +71,41 @@ def test_packed_documents_do_not_see_each_other(attention):
     first, second = tokens(1, 5), tokens(1, 7)
     packed = model(torch.cat([first, second], 1), mask=mh.Documents([5, 7]))
     assert_derived_close(packed, torch.cat([model(first), model(second)], 1))
+
+
+def test_copying_is_the_formula():
+    torch.manual_seed(3)
+    model = make(Config(**{**vars(CONFIGS[0]), "copies": True}), kind="both")
+    source, target, lengths = tokens(3, 7), tokens(3, 5), torch.tensor([7, 4, 1])
+    memory = model.encode(source, lengths)
+    hidden = model.decode(target, memory, lengths)
+    shares = (hidden @ model.embedding.weight.T).softmax(-1)
+    for text, length in enumerate(lengths):
+        queries = model.copying.query(hidden[text])
+        looked = (queries @ memory[text, :length].T / 12**0.5).softmax(-1)
+        copied = looked @ F.one_hot(source[text, :length], VOCABULARY).float()
+        writes = model.copying.writes(hidden[text]).sigmoid()
+        shares[text] = writes * shares[text] + (1 - writes) * copied
+    got = model(source, target, lengths)
+    assert_derived_close(got, shares.log())
+    assert_derived_close(got.exp().sum(-1), torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_copying_sees_its_own_source_while_writing(beams):
+    model = make(Config(**{**vars(CONFIGS[0]), "copies": True}), kind="both")
+    model.copying.writes.bias.data -= 9  # copies only
+    source, lengths, prompt = tokens(2, 7), torch.tensor([7, 3]), tokens(2, 1)
+    with torch.no_grad():
+        memory = model.encode(source, lengths)
+    given = {"memory": memory, "memory_lengths": lengths, "source": source, "end": 0}
+    search = {"beams": beams} if beams > 1 else {}
+    written = (beam_search if beams > 1 else generate)(model, prompt, 5, **given, **search)
+    for text, length in enumerate(lengths):
+        assert set(written[text].tolist()) <= set(source[text, :length].tolist())
+    if beams == 1:
+        whole = model(source, torch.cat([prompt, written], 1), lengths)
+        assert torch.equal(whole.argmax(-1)[:, :5], written)
 
 
 def test_the_future_is_hidden():
