@@ -1,6 +1,6 @@
 """Shorten texts: a small model trained on Debian's package descriptions, and SmolLM2 prompted.
 
-    python examples/summarise.py --train                   # some 12 minutes on 2 cores
+    python examples/summarise.py --train                   # some 10 minutes on 2 cores
     python examples/summarise.py README.md                 # by the trained model
     python examples/summarise.py README.md --smollm2       # by SmolLM2-135M, prompted
     python examples/summarise.py README.md --model folder-or-owner/name
@@ -35,7 +35,7 @@ from manyheads.demo_models import LoadedModel, cache_folder, load
 FOLDER = cache_folder() / "runs" / "summaries"
 #: The beginning says what a package is; the end, whether it is "documentation" or "development".
 SIZES = {"layers": (2, 2), "source_tokens": 80, "source_end": 24, "target_tokens": 24}
-SETTINGS = Settings(steps=3000, learning_rate=2e-3, warmup=400, weight_decay=0.05, bf16=True)
+SETTINGS = Settings(steps=1500, learning_rate=2e-3, warmup=200, weight_decay=0.05, bf16=True)
 BATCH = 64
 PROMPT = "Summarise this text in one short line of at most eight words.\n\n"
 
