@@ -194,7 +194,8 @@ def compared_language_models(found: Found) -> str:
     ratio = found["cpu_seconds"] / found["cpu_seconds_sdpa"]
     return joined(
         f"The same {found['steps']} steps twice: packed on manyheads, and padded (of a batch, "
-        f"{found['padding']:.0%} is padding) on PyTorch's attention. Nats a token, held out.",
+        f"{found['padding']:.0%} is padding) on PyTorch's attention. Nats a token of "
+        f"{found['test_texts']} held-out texts.",
         compared(found["nats"], found["nats_sdpa"], ratio, ".4f", ", padding and all"),
     )
 

@@ -47,8 +47,8 @@ FOUND = {
         "samples": ["a tool\nthat", "another"],
     },
     "generation-compared": {
-        "steps": 100, "nats": [4.1, 4.2, 4.3], "nats_sdpa": [4.1, 4.2, 4.31], "cpu_seconds": 5.0,
-        "cpu_seconds_sdpa": 10.0, "padding": 0.37,
+        "steps": 100, "test_texts": 400, "nats": [4.1, 4.2, 4.3], "nats_sdpa": [4.1, 4.2, 4.31],
+        "cpu_seconds": 5.0, "cpu_seconds_sdpa": 10.0, "padding": 0.37,
     },
     "speech": {
         "clips": 10, "audio_seconds": 34.4, "words": 92, "errors": 11, "wer": 11 / 92,
