@@ -26,7 +26,7 @@ def read_audio(path: Path) -> Array:
     """
     try:
         rate, samples = wavfile.read(path)
-    except (OSError, ValueError, struct.error) as problem:
+    except (OSError, ValueError, ZeroDivisionError, struct.error) as problem:
         raise ArgumentError(
             f"could not read {path}: {problem}. Expected: a .wav file. Convert other formats "
             "first, such as with: ffmpeg -i recording.mp3 recording.wav"

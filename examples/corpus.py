@@ -38,12 +38,15 @@ def debian() -> Split:
 
 
 def texts_of(file: Path) -> Split:
-    """A file's texts, a blank line between them: 18 of 20 to train on, one each held out."""
-    texts = [text.strip() for text in file.read_text(encoding="utf-8").split("\n\n")]
-    texts = [text for text in texts if text]
+    """A file's texts, a blank line between them: 18 of 20 to train on, one each held out.
+
+    Texts that occur again are taken once, so that none is on both sides.
+    """
+    parts = file.read_text(encoding="utf-8-sig").split("\n\n")
+    texts = list(dict.fromkeys(text.strip() for text in parts if text.strip()))
     if len(texts) < FEWEST_TEXTS:
         raise mh.ArgumentError(
-            f"{file} holds {len(texts)} texts; expected {FEWEST_TEXTS} or more, with a "
+            f"{file} holds {len(texts)} different texts; expected {FEWEST_TEXTS} or more, with a "
             "blank line between them."
         )
     rest = [text for place, text in enumerate(texts) if place % 20 > 1]

@@ -21,6 +21,7 @@ import data
 import torch
 import typer
 from batches import Order
+from command import run
 from digit_pictures import draw_attention, prepared
 from torch import Tensor
 from torch.nn import functional as F
@@ -154,4 +155,4 @@ def compare_command(name: str = "digits", seeds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -48,7 +48,10 @@ def draw(text: str) -> Image.Image:
 def pixels(picture: Image.Image) -> NDArray[np.float32]:
     """[1, 3, 48, width], values from -1 to 1, blue first; narrow pictures are filled up."""
     width = max(1, round(picture.width * HEIGHT / picture.height))
-    scaled = picture.convert("RGB").resize((width, HEIGHT), Image.Resampling.BILINEAR)
+    picture = picture.convert("RGBA")  # what is transparent is paper
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture).convert("RGB")
+    scaled = picture.resize((width, HEIGHT), Image.Resampling.BILINEAR)
     values = np.zeros((1, 3, HEIGHT, max(width, 320)), np.float32)
     values[0, :, :, :width] = np.asarray(scaled)[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1
     return values

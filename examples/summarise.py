@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import typer
 from attention_picture import draw
+from command import run
 from data import Split, summaries
 from rouge_score import rouge_scorer
 from text_to_text import Pair, TextToText, learn_tokens, without_near_copies
@@ -189,4 +190,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(lambda: typer.run(main))

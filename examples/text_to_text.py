@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from checkpoints import write
+from checkpoints import CheckpointError, write
 from generation import beam_search, generate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -110,7 +110,7 @@ class TextToText:
             return F.cross_entropy(logits.float(), target[:, 1:][real], label_smoothing=smoothing)
 
         if folder is not None:
-            write(folder / "tokenizer.json", self.tokenizer.to_str().encode())
+            keep_tokens(self.tokenizer, folder)
         order = Order(len(kept), batch_size, settings.seed, lengths)
         return train(self.model, order, loss, settings, folder)
 
@@ -164,6 +164,21 @@ class TextToText:
             for tokens in (source[0].tolist(), [*written[1:], END])
         ]
         return pieces[0], pieces[1], record[rows].mean(1)[0]
+
+
+def keep_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, unless the folder has a model of other tokens: it would lose its own.
+
+    Raises: CheckpointError.
+    """
+    path, content = folder / "tokenizer.json", tokenizer.to_str().encode()
+    trained = (folder / "checkpoint.safetensors").exists()
+    if trained and path.exists() and path.read_bytes() != content:
+        raise CheckpointError(
+            f"{folder} holds a model of other tokens, learned from other texts. Nothing was "
+            "overwritten. Expected: the pairs it was trained on. Give another folder, or delete it."
+        )
+    write(path, content)
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

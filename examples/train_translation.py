@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import sacrebleu
 import typer
 from attention_picture import draw
+from command import run
 from data import Split, description_pairs
 from text_to_text import Pair, TextToText, learn_tokens, without_near_copies
 from training import Settings
@@ -65,7 +66,7 @@ def read_pairs(path: Path) -> Split:
     Raises: ValueError for a line that is no pair.
     """
     split = Split([], [], [])
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         parts = line.split("\t")
         if len(parts) != 2 or not all(part.strip() for part in parts):
             raise ValueError(
@@ -150,4 +151,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(lambda: typer.run(main))

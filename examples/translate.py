@@ -27,6 +27,7 @@ import sentencepiece
 import torch
 import typer
 from attention_picture import draw
+from command import run
 from fetching import package_file
 from torch import Tensor
 
@@ -182,4 +183,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(lambda: typer.run(main))

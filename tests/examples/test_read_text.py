@@ -5,7 +5,7 @@ import pytest
 import read_text
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
+from PIL import Image, ImageOps
 from read_text import draw, main, measures, pixels
 from recogniser import AFTER, BEFORE, CHANNELS, HEADS, PAST, Recogniser
 
@@ -115,6 +115,13 @@ def test_pixels_are_scaled_turned_and_filled_up():
     assert values[0, :, 7, 39].tolist() == pytest.approx([-0.6, -1, 1])  # blue first
     assert not values[..., 40:].any()
     assert pixels(draw("a line that is longer than that " * 2)).shape[3] > 320
+
+
+def test_what_is_transparent_is_paper():
+    picture = draw("a tool")
+    ink = Image.new("RGBA", picture.size, (0, 0, 0, 0))
+    ink.putalpha(ImageOps.invert(picture.convert("L")))
+    np.testing.assert_allclose(pixels(ink), pixels(picture), atol=2 / 127.5)  # rounded twice
 
 
 def test_measures_and_pictures_of_yours(recogniser, tmp_path, monkeypatch, capsys):

@@ -92,10 +92,12 @@ def test_the_comparison_starts_and_learns_alike(corpus, small):
 
 def test_texts_of_yours(small, tmp_path, monkeypatch, capsys):
     file = tmp_path / "texts.txt"
-    file.write_text("\n\n".join(TEXTS))
+    texts = [f"{number} {text}" for number, text in enumerate(TEXTS)]
+    file.write_text("\ufeff" + "\n\n".join([*texts, *texts]), encoding="utf-8")
     split = texts_of(file)
     assert (len(split.train), len(split.validation), len(split.test)) == (303, 17, 17)
-    assert (split.test[1], split.validation[1], split.train[18]) == tuple(TEXTS[20:23])
+    assert (split.test[1], split.validation[1], split.train[18]) == tuple(texts[20:23])
+    assert split.test[0] == texts[0]
     arguments = ["--text", str(file), "--steps", "2", "--folder", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["train_language_model.py", *arguments, "--prompt", "files"])
     example.main()
@@ -103,5 +105,7 @@ def test_texts_of_yours(small, tmp_path, monkeypatch, capsys):
     assert "bits per byte xz" in printed and "\nfiles" in printed
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
     (tmp_path / "few.txt").write_text("one\n\ntwo")
-    with pytest.raises(mh.ArgumentError, match=r"few\.txt holds 2 texts; expected 40 or more"):
+    with pytest.raises(
+        mh.ArgumentError, match=r"few\.txt holds 2 different texts; expected 40 or more"
+    ):
         texts_of(tmp_path / "few.txt")

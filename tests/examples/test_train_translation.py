@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import train_translation
+from checkpoints import CheckpointError
 from text_to_text import END, TextToText, learn_tokens, without_near_copies
 from training import Settings
 from transformer import Config
@@ -67,6 +68,29 @@ def test_measures_of_ones_own_pairs(tmp_path):
     found = train_translation.measures(None, path, QUICK, beams=2)
     assert found["held out"] == len(split.test) and found["pairs"] == len(split.train)
     assert found["copying the source"]["chrF"] < found["trained"]["chrF"] <= 100
+
+
+def test_a_trained_model_keeps_its_tokens(tmp_path):
+    config, settings = train_translation.config(), Settings(steps=1)
+    pairs = toy_pairs()
+    others = [("other " + source, target) for source, target in pairs]
+    for given, refused in ((pairs, False), (pairs, False), (others, True)):
+        tokens = learn_tokens((text for pair in given for text in pair), 300)
+        task = TextToText(tokens, config, (1, 1), 11, 13)
+        if refused:
+            kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+            with pytest.raises(CheckpointError, match=r"other tokens.*Nothing was overwritten"):
+                task.fit(given, settings, 10, tmp_path)
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+        else:
+            task.fit(given, settings, 10, tmp_path)
+
+
+def test_a_file_may_begin_with_a_mark_and_end_lines_as_windows_does(tmp_path):
+    path = tmp_path / "mine.tsv"
+    path.write_bytes("\ufeffa\tb\r\nc\td\r\n".encode())
+    split = train_translation.read_pairs(path)
+    assert sorted([*split.train, *split.validation, *split.test]) == [("a", "b"), ("c", "d")]
 
 
 def test_a_line_that_is_no_pair_is_named(tmp_path):

@@ -320,6 +320,15 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, data: bytes | None) -> 
         audio.read_audio(tmp_path / "clip.wav")
 
 
+def test_a_recording_of_no_channels_is_refused(tmp_path: Path) -> None:
+    wavfile.write(tmp_path / "clip.wav", audio.RATE, np.zeros(7, np.int16))
+    data = bytearray((tmp_path / "clip.wav").read_bytes())
+    data[22:24] = bytes(2)
+    (tmp_path / "clip.wav").write_bytes(data)
+    with pytest.raises(mh.ArgumentError, match=r"could not read .*clip.wav"):
+        audio.read_audio(tmp_path / "clip.wav")
+
+
 def test_a_recording_without_sound_is_refused(tmp_path: Path) -> None:
     for samples in (np.zeros(0, np.int16), np.array([np.nan], np.float32)):
         wavfile.write(tmp_path / "clip.wav", audio.RATE, samples)
