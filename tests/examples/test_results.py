@@ -1,14 +1,17 @@
 import dataclasses
+import functools
 import json
+import os
 
 import pytest
 import results
 import results_parts
-from results import main, measure
+from results import main, run, run_apart
 from results_parts import PARTS
 from typer import Typer
 from typer.testing import CliRunner
 
+measure = functools.partial(results.measure, run=run)
 SCORES = {"BLEU": 48.84, "chrF": 70.49, "CPU seconds": 1.7}
 COMPARED = {"manyheads": [0.983, 0.981, 0.977], "sdpa": [0.982, 0.984, 0.976]}
 #: What each part finds, of the form that the real ones have.
@@ -141,6 +144,18 @@ def test_a_part_that_fails_costs_only_itself(page, capsys):
     assert "- Met: word error rate" in section(page, speech.title)
     assert section(page, lines.title) == measured
     assert list(json.loads(page.with_suffix(".json").read_text())) == ["speech", "images-lines"]
+
+
+def test_a_part_has_a_process_of_its_own():
+    with pytest.raises(KeyError, match="no such part"):  # looked up over there
+        run_apart(dataclasses.replace(PARTS[0], name="no such part"))
+
+
+def test_a_process_that_is_killed_is_a_part_that_failed(monkeypatch):
+    monkeypatch.setattr(results, "run_named", os._exit)
+    record = run_apart(dataclasses.replace(PARTS[0], name=9))
+    assert record["error"].startswith("BrokenProcessPool: ")
+    assert record["seconds"] > 0 and record["machine"] == results.machine()
 
 
 def test_what_cannot_be_described_fails(page):
