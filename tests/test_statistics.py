@@ -198,6 +198,8 @@ SCORES = {
     "largest together": lambda n: torch.arange(n).sub(n // 2).abs().clamp(max=23).neg(),
     "negative and zero": lambda n: -torch.randint(2, (n,)),
     "largest floats": lambda n: torch.where(torch.arange(n) % 97 == 5, 3.4028234e38, -3e38),
+    "infinite": lambda n: torch.where(torch.arange(n) % 97 == 5, torch.inf, 1.0),
+    "large far apart": lambda n: torch.arange(n) + n * (torch.arange(n) % 37 == 5),
 }
 
 
