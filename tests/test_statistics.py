@@ -225,6 +225,18 @@ def test_top_keys_in_every_order(
             assert top.keys[0, 0, row].tolist() == expected.tolist() + missing
 
 
+def test_top_keys_of_two_ranges() -> None:
+    """Keys between them have no part, nor what an earlier call left in memory for them."""
+    queries, keys = 131, 1511
+    query, score = torch.ones(1, 1, queries, 1), torch.arange(keys).float().view(1, 1, -1, 1)
+    two_ranges = mh.Causal() & (mh.Window(5, 0) | mh.FirstKeys(40))
+    for offset, mask in ((0, None), (-5000, two_ranges)):
+        (top,) = mh.measure(query, score + offset, [mh.TopKeys(8)], mask=mask, scale=1.0)
+    for row in (0, 40, queries - 1):
+        last = keys - queries + row
+        assert top.keys[0, 0, row].tolist() == [*range(last, last - 6, -1), 39, 38]
+
+
 def test_large_scores_differ_as_they_did() -> None:
     """Recomputed in another order, scores of 1e4 would be off by more than weights bear."""
     generator = torch.Generator().manual_seed(5)
