@@ -198,6 +198,8 @@ SCORES = {
     "largest together": lambda n: torch.arange(n).sub(n // 2).abs().clamp(max=23).neg(),
     "negative and zero": lambda n: -torch.randint(2, (n,)),
     "largest floats": lambda n: torch.where(torch.arange(n) % 97 == 5, 3.4028234e38, -3e38),
+    "infinite": lambda n: torch.where(torch.arange(n) % 97 == 5, torch.inf, 1.0),
+    "large far apart": lambda n: torch.arange(n) + n * (torch.arange(n) % 37 == 5),
 }
 
 
@@ -221,6 +223,18 @@ def test_top_keys_in_every_order(
             expected = score[first:end].argsort(descending=True, stable=True)[:k] + first
             missing = [-1] * (k - len(expected))
             assert top.keys[0, 0, row].tolist() == expected.tolist() + missing
+
+
+def test_top_keys_of_two_ranges() -> None:
+    """Keys between them have no part, nor what an earlier call left in memory for them."""
+    queries, keys = 131, 1511
+    query, score = torch.ones(1, 1, queries, 1), torch.arange(keys).float().view(1, 1, -1, 1)
+    two_ranges = mh.Causal() & (mh.Window(5, 0) | mh.FirstKeys(40))
+    for offset, mask in ((0, None), (-5000, two_ranges)):
+        (top,) = mh.measure(query, score + offset, [mh.TopKeys(8)], mask=mask, scale=1.0)
+    for row in (0, 40, queries - 1):
+        last = keys - queries + row
+        assert top.keys[0, 0, row].tolist() == [*range(last, last - 6, -1), 39, 38]
 
 
 def test_large_scores_differ_as_they_did() -> None:

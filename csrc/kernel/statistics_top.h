@@ -1,7 +1,7 @@
 // The heaviest keys of each row. A sorted list per lane takes far longer to sort into than a score
 // to look at, so only scores above a floor are sorted in, some at a time: a random row of 2,048 has
-// nine for a list of eight. The floor is known where the forward pass has kept the largest score of
-// every kPeakKeys keys, and rises with the list.
+// eight or nine for a list of eight. The floor is known where the forward pass has kept the largest
+// score of every kPeakKeys keys, and rises with the list.
 #pragma once
 
 #include "statistics_memory.h"
