@@ -42,26 +42,33 @@ LAYERS, CONFIG = 4, Config(dim=192, heads=4, dropout=0.0)
 SETTINGS = Settings(steps=1200, learning_rate=3e-3, bf16=True, evaluate_every=300)
 SHORT = Settings(steps=100, learning_rate=3e-3, bf16=True, warmup=30)  # to compare
 TEXTS_PER_STEP = 16
+EVEN = 256  # rows are filled up to multiples: oneDNN compiles its products for every new size
 PROMPTS = ("library for ", "This package contains the ", "A simple game in which ")
 
 
 def packed(model: Transformer, texts: list[Tensor]) -> Tensor:
     """-log p of every token, float32 [T]: the texts in one row."""
     lengths = [len(text) - 1 for text in texts]
-    tokens = torch.cat([text[:-1] for text in texts])
-    hidden = model.decode(tokens[None], mask=mh.Documents(lengths))[0]
-    following = torch.cat([text[1:] for text in texts])
-    return F.cross_entropy(model.logits(hidden).float(), following, reduction="none")
+    rest = -sum(lengths) % EVEN
+    tokens = F.pad(torch.cat([text[:-1] for text in texts]), (0, rest))
+    documents = mh.Documents([*lengths, rest] if rest else lengths)
+    return losses(model, model.decode(tokens[None], mask=documents)[0], texts)
 
 
 def padded(model: Transformer, texts: list[Tensor]) -> Tensor:
     """The same, the texts one to a row. Padding is behind them, so Causal keeps it out."""
     tokens = pad_sequence([text[:-1] for text in texts], batch_first=True)
+    tokens = F.pad(tokens, (0, -tokens.shape[1] % (EVEN // TEXTS_PER_STEP)))
     lengths = torch.tensor([len(text) - 1 for text in texts])
-    real = torch.arange(tokens.shape[1]) < lengths[:, None]
-    hidden = model.decode(tokens)[real]  # no logits of padding
+    hidden = model.decode(tokens)[torch.arange(tokens.shape[1]) < lengths[:, None]]
+    return losses(model, F.pad(hidden, (0, 0, 0, -len(hidden) % EVEN)), texts)
+
+
+def losses(model: Transformer, hidden: Tensor, texts: list[Tensor]) -> Tensor:
+    """-log p of what follows in the texts, whose vectors are the first of `hidden` [T, E]."""
     following = torch.cat([text[1:] for text in texts])
-    return F.cross_entropy(model.logits(hidden).float(), following, reduction="none")
+    logits = model.logits(hidden)[: len(following)].float()
+    return F.cross_entropy(logits, following, reduction="none")
 
 
 @torch.no_grad()
