@@ -41,7 +41,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[st
     """Write tensors, and whatever else JSON can hold, to `path`, replacing what is there."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state, sort_keys=True)
-    write(path, save(tensors, {"state": text, "sha256": _digest(tensors, text)}))
+    write(path, save(tensors, {"state": text, "sha256": digest(tensors, text)}))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -56,10 +56,19 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as problem:
         raise _damaged(path, f"it cannot be read ({problem})") from problem
     text = metadata.get("state", "")
-    got, expected = _digest(tensors, text), metadata.get("sha256", "none")
+    got, expected = digest(tensors, text), metadata.get("sha256", "none")
     if got != expected:
         raise _damaged(path, f"its content has sha256 {got}, and it says {expected}")
     return tensors, json.loads(text)
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """The sha256 of named tensors and a text, in hexadecimal."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        found.update(tensors[name].reshape(-1).view(uint8).numpy())
+    return found.hexdigest()
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
@@ -67,11 +76,3 @@ def _damaged(path: Path, why: str) -> CheckpointError:
         f"{path} is damaged, or no checkpoint of ours: {why}. Expected: a file written by "
         "save_checkpoint. Nothing was overwritten. Put back a copy, or delete it to start anew."
     )
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(uint8).numpy())
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from checkpoints import CheckpointError, write
+from checkpoints import digest
 from generation import beam_search, generate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -109,10 +109,13 @@ class TextToText:
                 logits = self.model.logits(hidden, memory, source_lengths, source)[real]
             return F.cross_entropy(logits.float(), target[:, 1:][real], label_smoothing=smoothing)
 
-        if folder is not None:
-            keep_tokens(self.tokenizer, folder)
         order = Order(len(kept), batch_size, settings.seed, lengths)
-        return train(self.model, order, loss, settings, folder)
+        tokens = self.tokenizer.to_str()
+        rows = [*sources, *targets]
+        cuts = torch.tensor([len(row) for row in rows])
+        data = digest({"rows": torch.cat(rows), "cuts": cuts}, tokens)
+        beside = {"tokenizer.json": tokens.encode()}
+        return train(self.model, order, loss, settings, folder, data=data, beside=beside)
 
     def write(self, texts: Sequence[str], beams: int = 1, batch: int = 32) -> list[str]:
         """What the model makes of each text; one beam is greedy."""
@@ -164,21 +167,6 @@ class TextToText:
             for tokens in (source[0].tolist(), [*written[1:], END])
         ]
         return pieces[0], pieces[1], record[rows].mean(1)[0]
-
-
-def keep_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, unless the folder has a model of other tokens: it would lose its own.
-
-    Raises: CheckpointError.
-    """
-    path, content = folder / "tokenizer.json", tokenizer.to_str().encode()
-    trained = (folder / "checkpoint.safetensors").exists()
-    if trained and path.exists() and path.read_bytes() != content:
-        raise CheckpointError(
-            f"{folder} holds a model of other tokens, learned from other texts. Nothing was "
-            "overwritten. Expected: the pairs it was trained on. Give another folder, or delete it."
-        )
-    write(path, content)
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from batches import Order
-from checkpoints import CheckpointError
+from checkpoints import CheckpointError, digest
 from corpus import END, Corpus, debian, prepare, texts_of
 from generation import generate
 from torch import Tensor
@@ -104,6 +104,7 @@ def learn(
     model = Transformer(corpus.tokenizer.get_vocab_size(), config, decoder_layers=LAYERS)
     nats: Callable[..., Tensor] = packed if attention == "manyheads" else padded
     held_out = corpus.validation[:320]
+    texts = {"tokens": torch.cat(corpus.train)}  # each begins and ends with END
     start = time.process_time()
     train(
         model,
@@ -112,6 +113,7 @@ def learn(
         settings,
         folder,
         evaluate=lambda: {"validation": nats_per_token(model, held_out)} if folder else {},
+        data=digest(texts, corpus.tokenizer.to_str()),
     )
     return model, time.process_time() - start
 

@@ -85,10 +85,12 @@ class _Run:
     def load(self) -> None:
         tensors, state = load_checkpoint(self.path)
         if state.get("run") != self.identity:
+            was, now = state.get("run", {}), self.identity
+            other = [k for k in {**was, **now} if was.get(k) != now.get(k)]
             raise CheckpointError(
-                f"{self.path} is of another run: it was {state.get('run')}; expected "
-                f"{self.identity}. Nothing was overwritten. Give another folder, delete it, or "
-                "start anew with resume=False."
+                f"{self.path} is of another run: it had { {k: was.get(k) for k in other} }; "
+                f"expected { {k: now.get(k) for k in other} }. Nothing was overwritten. Give "
+                "another folder, delete it, or start anew with resume=False."
             )
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -118,6 +120,8 @@ def train(
     folder: Path | None = None,
     resume: bool = True,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    data: str = "",
+    beside: Mapping[str, bytes] | None = None,
 ) -> list[Row]:
     """Train `model` in place; the rows of the log are returned.
 
@@ -126,6 +130,8 @@ def train(
     folder: gets checkpoint.safetensors and log.csv; None: nothing is written.
     resume: go on from the folder's checkpoint, if it has one; False: start anew, over it.
     evaluate: what else to log; called in eval mode, without gradients.
+    data: a digest (checkpoints.digest) of what is trained on: with another one it is another run.
+    beside: files of the folder that belong to the model, such as its tokens, name to content.
 
     Raises:
         CheckpointError: a checkpoint that is damaged or of another run; it stays as it is.
@@ -133,9 +139,11 @@ def train(
     """
     torch.manual_seed(settings.seed)
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
-    run = _Run(model, _adamw(model, settings), _identity(settings, order), path)
+    run = _Run(model, _adamw(model, settings), _identity(settings, order, data), path)
     if path is not None and resume and path.exists():
         run.load()
+    for name, content in (beside or {}).items() if path is not None else ():
+        write(path.with_name(name), content)  # after the check: nothing of another run is lost
     start = time.perf_counter() - (run.log[-1]["seconds"] if run.log else 0.0)
     batches = order.batches(run.step)
     model.train()
@@ -190,11 +198,12 @@ def _adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def _identity(settings: Settings, order: Order) -> dict[str, object]:
+def _identity(settings: Settings, order: Order, data: str) -> dict[str, object]:
     """What must be the same for a run to go on; how often it is looked at may change."""
     settled = {k: v for k, v in asdict(settings).items() if not k.endswith("_every")}
     first = hashlib.sha256(order.epoch(0).numpy().tobytes()).hexdigest()[:16]
-    return settled | {"rows": order.count, "batch_size": order.batch_size, "first_epoch": first}
+    rows = {"rows": order.count, "batch_size": order.batch_size, "first_epoch": first}
+    return settled | rows | {"data": data[:16]}
 
 
 def _load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | None) -> None:

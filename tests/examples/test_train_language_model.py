@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import train_language_model as example
+from checkpoints import CheckpointError
 from corpus import END, prepare, texts_of
 from data import Split
 from tolerance import assert_derived_close
@@ -81,6 +82,9 @@ def test_training_learns_and_writes(corpus, small, tmp_path):
     assert example.write(corpus, model, "a small ", seed=5).startswith("a small")
     again, _ = example.measures(corpus, settings, tmp_path)  # from the checkpoint
     assert again["perplexity"] == found["perplexity"]
+    other = replace(corpus, train=[text.flip(0) for text in corpus.train])  # as many, as long
+    with pytest.raises(CheckpointError, match=r"of another run: it had {'data'.*Nothing was"):
+        example.learn(other, settings, folder=tmp_path)
 
 
 def test_the_comparison_starts_and_learns_alike(corpus, small):

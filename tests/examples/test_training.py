@@ -113,6 +113,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run(tmp_path, settings=Settings(**{**vars(SETTINGS), "seed": 5}), resume=False)
 
 
+def test_other_data_of_as_many_rows_is_another_run(tmp_path):
+    run(tmp_path, data="0123", beside={"tokens": b"old"})
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"it had {'data': '0123'}; expected {'data': '4567'"):
+        run(tmp_path, data="4567", beside={"tokens": b"new"})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    (tmp_path / "tokens").unlink()
+    run(tmp_path, data="0123", beside={"tokens": b"old"})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
     path = tmp_path / CHECKPOINT
