@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import sys
+import warnings
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,21 @@ Array = np.ndarray[Any, Any]
 def read_audio(path: Path) -> Array:
     """A .wav file of any rate: [samples], float in [-1, 1], its channels averaged.
 
+    Of a file that is cut short there is what is left, and a line on stderr says so.
+
     Raises: ArgumentError for a file that cannot be read, or holds no sound.
     """
     try:
-        rate, samples = wavfile.read(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            rate, samples = wavfile.read(path)
     except (OSError, ValueError, ZeroDivisionError, struct.error) as problem:
         raise ArgumentError(
             f"could not read {path}: {problem}. Expected: a .wav file. Convert other formats "
             "first, such as with: ffmpeg -i recording.mp3 recording.wav"
         ) from problem
+    if any("EOF" in str(warning.message) for warning in said):
+        print(f"{path} is cut short: only its first part is heard.", file=sys.stderr)
     if samples.dtype == np.uint8:
         samples = (samples - 128.0) / 128
     elif samples.dtype.kind == "i":

@@ -320,6 +320,19 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, data: bytes | None) -> 
         audio.read_audio(tmp_path / "clip.wav")
 
 
+def test_a_recording_that_is_cut_short_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "clip.wav"
+    wavfile.write(path, audio.RATE, sound().astype(np.float32))
+    whole = audio.read_audio(path)
+    assert capsys.readouterr().err == ""
+    path.write_bytes(path.read_bytes()[:4000])
+    np.testing.assert_array_equal(audio.read_audio(path), whole[: len(audio.read_audio(path))])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{path} is cut short: only its first part is heard."] * 2
+
+
 def test_a_recording_of_no_channels_is_refused(tmp_path: Path) -> None:
     wavfile.write(tmp_path / "clip.wav", audio.RATE, np.zeros(7, np.int16))
     data = bytearray((tmp_path / "clip.wav").read_bytes())
