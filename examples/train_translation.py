@@ -67,6 +67,8 @@ def read_pairs(path: Path) -> Split:
     """
     split = Split([], [], [])
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
         parts = line.split("\t")
         if len(parts) != 2 or not all(part.strip() for part in parts):
             raise ValueError(

@@ -74,21 +74,31 @@ def test_a_trained_model_keeps_its_tokens(tmp_path):
     config, settings = train_translation.config(), Settings(steps=1)
     pairs = toy_pairs()
     others = [("other " + source, target) for source, target in pairs]
-    for given, refused in ((pairs, False), (pairs, False), (others, True)):
-        tokens = learn_tokens((text for pair in given for text in pair), 300)
+    targets = [target for _, target in reversed(pairs)]
+    swapped = [(source, target) for (source, _), target in zip(pairs, targets, strict=True)]
+    for given, learned, refused in (
+        (pairs, pairs, False),
+        (pairs, pairs, False),
+        (others, others, True),
+        (swapped, pairs, True),
+        (pairs, others, True),
+    ):
+        tokens = learn_tokens((text for pair in learned for text in pair), 300)
         task = TextToText(tokens, config, (1, 1), 11, 13)
         if refused:
             kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
-            with pytest.raises(CheckpointError, match=r"other tokens.*Nothing was overwritten"):
+            with pytest.raises(
+                CheckpointError, match=r"another run.*'data'.*Nothing was overwritten"
+            ):
                 task.fit(given, settings, 10, tmp_path)
             assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
         else:
             task.fit(given, settings, 10, tmp_path)
 
 
-def test_a_file_may_begin_with_a_mark_and_end_lines_as_windows_does(tmp_path):
+def test_a_file_may_have_a_mark_windows_ends_of_lines_and_blank_lines(tmp_path):
     path = tmp_path / "mine.tsv"
-    path.write_bytes("\ufeffa\tb\r\nc\td\r\n".encode())
+    path.write_bytes("\ufeffa\tb\r\n\r\nc\td\r\n \t\n".encode())
     split = train_translation.read_pairs(path)
     assert sorted([*split.train, *split.validation, *split.test]) == [("a", "b"), ("c", "d")]
 
