@@ -54,12 +54,10 @@ def prepared(file: Path) -> Tensor:
 
     The digit is what differs from most of the picture: dark on light or light on dark.
     """
+    from pictures import read_picture
     from PIL import Image
 
-    with Image.open(file) as image:
-        image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    pixels = np.asarray(Image.alpha_composite(white, image).convert("L"), dtype=np.float32)
+    pixels = np.asarray(read_picture(file).convert("L"), dtype=np.float32)
     pixels = np.abs(pixels - np.median(pixels))
     if pixels.max() < 16:
         raise ValueError(f"{file} is of one colour; expected a digit that stands out from it.")

@@ -15,12 +15,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import data
 import torch
 import typer
 from batches import Order
+from checkpoints import digest
 from command import run
 from digit_pictures import draw_attention, prepared
 from torch import Tensor
@@ -29,6 +30,7 @@ from training import Settings, load_weights, train
 from vision_transformer import TASKS, Task, VisionTransformer
 
 RUNS = Path("build/examples")
+Name = Literal["mnist", "digits"]  # the keys of TASKS
 app = typer.Typer(help="Handwritten digits with a vision transformer.", add_completion=False)
 
 
@@ -86,7 +88,8 @@ def fit(
         return {"accuracy": float((found == digits[split:]).double().mean())}
 
     cpu = time.process_time()
-    log = train(model, order, loss, settings, folder, resume, accuracy)
+    known = digest({"images": images[:split], "digits": digits[:split]})
+    log = train(model, order, loss, settings, folder, resume, accuracy, data=known)
     cpu = time.process_time() - cpu
     last = log[-1]
     return model, {"accuracy": last["accuracy"], "seconds": last["seconds"], "cpu_seconds": cpu}
@@ -119,7 +122,7 @@ def trained(name: str) -> VisionTransformer:
 
 
 @app.command("train")
-def train_command(name: str = "mnist", seed: int = 0, anew: bool = False) -> None:
+def train_command(name: Name = "mnist", seed: int = 0, anew: bool = False) -> None:
     """Train, or go on with a training that was stopped."""
     folder = RUNS / f"images-{name}"
     _, found = fit(TASKS[name], *load(name), seed=seed, folder=folder, resume=not anew)
@@ -138,7 +141,7 @@ def classify(file: Path, output: Path | None = None) -> None:
 
 
 @app.command()
-def draw(output: Path, name: str = "mnist", count: int = 5) -> None:
+def draw(output: Path, name: Name = "mnist", count: int = 5) -> None:
     """Draw where the class token looks on held-out pictures of the digits 0, 1, ..."""
     images, digits = (part[-TASKS[name].held_out :] for part in load(name))
     rows = [int((digits == digit).nonzero()[0]) for digit in range(count)]
@@ -146,7 +149,7 @@ def draw(output: Path, name: str = "mnist", count: int = 5) -> None:
 
 
 @app.command("compare")
-def compare_command(name: str = "digits", seeds: int = 3) -> None:
+def compare_command(name: Name = "digits", seeds: int = 3) -> None:
     """The same trainings with torch's own attention."""
     found = compare(name, seeds)
     for kind in ("manyheads", "sdpa"):

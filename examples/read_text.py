@@ -20,13 +20,15 @@ from typing import Any
 import jiwer
 import numpy as np
 from numpy.typing import NDArray
+from pictures import read_picture
 from PIL import Image, ImageDraw, ImageFont
 from recogniser import RECOGNISER, Recogniser
 
 from manyheads.demo_models import fetch
-from manyheads.errors import ManyHeadsError
+from manyheads.errors import ArgumentError, ManyHeadsError
 
 HEIGHT = 48
+WIDEST = 100 * HEIGHT  # attention's time grows with its square
 LINES = (
     "The quick brown fox jumps over the lazy dog.",
     "Attention is all you need (2017), pages 5998-6008",
@@ -48,10 +50,12 @@ def draw(text: str) -> Image.Image:
 def pixels(picture: Image.Image) -> NDArray[np.float32]:
     """[1, 3, 48, width], values from -1 to 1, blue first; narrow pictures are filled up."""
     width = max(1, round(picture.width * HEIGHT / picture.height))
-    picture = picture.convert("RGBA")  # what is transparent is paper
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    scaled = picture.resize((width, HEIGHT), Image.Resampling.BILINEAR)
+    if width > WIDEST:
+        raise ArgumentError(
+            f"got a picture of {picture.width} x {picture.height} pixels; expected one line of "
+            f"text, at most {WIDEST // HEIGHT} times as wide as high. Cut it into lines, or parts."
+        )
+    scaled = picture.convert("RGB").resize((width, HEIGHT), Image.Resampling.BILINEAR)
     values = np.zeros((1, 3, HEIGHT, max(width, 320)), np.float32)
     values[0, :, :, :width] = np.asarray(scaled)[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1
     return values
@@ -100,9 +104,9 @@ def main() -> None:
     try:
         recogniser = Recogniser(fetch(RECOGNISER))
         for name in options.pictures:
-            line = compare(recogniser, Image.open(name))
+            line = compare(recogniser, read_picture(name))
             print(f"{line['text']}\n  [{line['difference']:.1e} from ONNX Runtime]")
-    except (ManyHeadsError, OSError) as problem:  # Pillow's errors are OSErrors
+    except (ManyHeadsError, OSError) as problem:
         sys.exit(f"read_text: {problem}")
     if options.pictures:
         return

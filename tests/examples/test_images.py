@@ -1,10 +1,12 @@
 import dataclasses
+import typing
 
 import images
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from checkpoints import CheckpointError
 from digit_pictures import attention_maps, draw_attention, prepared
 from images import fit, load, varied
 from tolerance import assert_derived_close
@@ -27,6 +29,8 @@ def test_it_learns(digits, attention, tmp_path):
     assert found["accuracy"] > 0.4  # by chance: 0.1
     _, again = fit(task, pictures, labels, attention=attention, folder=tmp_path)
     assert again["accuracy"] == found["accuracy"]
+    with pytest.raises(CheckpointError, match=r"of another run: it had {'data'"):
+        fit(task, 1 - pictures, labels, attention=attention, folder=tmp_path)
 
 
 def test_the_last_pictures_are_never_trained_on(digits):
@@ -94,6 +98,9 @@ def test_commands(tmp_path, monkeypatch):
     command = CliRunner().invoke
     untrained = command(images.app, ["draw", str(tmp_path / "a.png"), "--name", "digits"])
     assert untrained.exit_code != 0 and "images.py train" in untrained.output
+    unknown = command(images.app, ["train", "--name", "letters"])
+    assert unknown.exit_code == 2 and "mnist" in unknown.output and "letters" in unknown.output
+    assert set(typing.get_args(images.Name)) == set(TASKS)
     assert "held-out pictures right" in command(images.app, ["train", "--name", "digits"]).output
     drawn = command(images.app, ["draw", str(tmp_path / "a.png"), "--name", "digits"])
     assert drawn.exit_code == 0 and (tmp_path / "a.png").exists()

@@ -5,9 +5,12 @@ import pytest
 import read_text
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from pictures import read_picture
 from PIL import Image, ImageOps
 from read_text import draw, main, measures, pixels
 from recogniser import AFTER, BEFORE, CHANNELS, HEADS, PAST, Recogniser
+
+from manyheads.errors import ArgumentError
 
 CLASSES = 11  # none, nine characters, a space
 CHARACTERS = "abcdefghi"
@@ -117,11 +120,13 @@ def test_pixels_are_scaled_turned_and_filled_up():
     assert pixels(draw("a line that is longer than that " * 2)).shape[3] > 320
 
 
-def test_what_is_transparent_is_paper():
+def test_what_is_transparent_is_paper(tmp_path):
     picture = draw("a tool")
     ink = Image.new("RGBA", picture.size, (0, 0, 0, 0))
     ink.putalpha(ImageOps.invert(picture.convert("L")))
-    np.testing.assert_allclose(pixels(ink), pixels(picture), atol=2 / 127.5)  # rounded twice
+    ink.save(tmp_path / "ink.png")
+    read = pixels(read_picture(tmp_path / "ink.png"))
+    np.testing.assert_allclose(read, pixels(picture), atol=2 / 127.5)  # rounded twice
 
 
 def test_measures_and_pictures_of_yours(recogniser, tmp_path, monkeypatch, capsys):
@@ -134,5 +139,36 @@ def test_measures_and_pictures_of_yours(recogniser, tmp_path, monkeypatch, capsy
     main()
     assert "from ONNX Runtime" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["read_text.py", str(tmp_path / "tiny.onnx")])
-    with pytest.raises(SystemExit, match="read_text: cannot identify image file"):
+    with pytest.raises(
+        SystemExit, match=r"read_text: could not read .*tiny\.onnx: cannot identify"
+    ):
         main()
+
+
+@pytest.mark.parametrize("name", ["text", "cut", "missing", "damaged"])
+def test_what_is_no_whole_picture_is_refused(tmp_path, name):
+    file = tmp_path / "line.png"
+    draw("some text").save(file)
+    whole = file.read_bytes()
+    data = {
+        "text": b"no picture",
+        "cut": whole[: len(whole) // 2],
+        "damaged": whole[:60] + bytes(20) + whole[80:],
+    }
+    file.unlink() if name == "missing" else file.write_bytes(data[name])
+    with pytest.raises(ArgumentError, match=r"could not read .*line\.png: .*Expected: a picture"):
+        read_picture(file)
+
+
+@pytest.mark.parametrize("most", [30, 50])  # Pillow refuses twice its limit, and warns above it
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, most):
+    Image.new("L", (7, 11)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    with pytest.raises(ArgumentError, match=rf"large\.png: .*at most {most} pixels"):
+        read_picture(tmp_path / "large.png")
+
+
+def test_a_strip_is_no_line():
+    assert pixels(Image.new("L", (100, 1))).shape == (1, 3, 48, 4800)
+    with pytest.raises(ArgumentError, match="got a picture of 101 x 1 pixels; expected one line"):
+        pixels(Image.new("L", (101, 1)))
