@@ -20,6 +20,8 @@ def read_picture(file: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as picture:
+                if picture.mode.startswith("I;16"):  # convert would cut what is above 255
+                    picture = picture.point(lambda value: value / 256).convert("L")
                 picture = picture.convert("RGBA")
     except (
         OSError,
@@ -27,8 +29,9 @@ def read_picture(file: Path) -> Image.Image:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as problem:
+        said = str(problem).rstrip(".")
         raise ArgumentError(
-            f"could not read {file}: {problem}. Expected: a picture such as a .png or .jpg, of at "
+            f"could not read {file}: {said}. Expected: a picture such as a .png or .jpg, of at "
             f"most {Image.MAX_IMAGE_PIXELS} pixels. Convert it, or scale it down."
         ) from problem
     white = Image.new("RGBA", picture.size, "white")

@@ -64,7 +64,13 @@ class Translator:
         else:
             weights, vocabulary = only(folder, "*.bin", "model*"), only(folder, "*.spm")
         self.model = marian.load(weights, attention)
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.read_bytes())
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.read_bytes())
+        except RuntimeError as problem:
+            raise mh.ArgumentError(
+                f"{vocabulary} is no whole SentencePiece model: {' '.join(str(problem).split())} "
+                "Fetch it again, or name a folder with another."
+            ) from problem
 
     def __call__(self, text: str, beams: int = 1) -> str:
         """`text` in the other language, line by line, each sentence by itself."""

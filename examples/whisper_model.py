@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from ctranslate2_file import Arrays, read_ctranslate2, renamed
 from fetching import package_file
 from transformers import (
@@ -67,12 +68,19 @@ def load(which: str | None = None, attention: str = "manyheads") -> Whisper:
         model = WhisperForConditionalGeneration.from_pretrained(
             source, dtype=torch.float32, attn_implementation=attention
         )
-    except (OSError, ValueError, TypeError, RuntimeError) as problem:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as problem:
         raise FetchError(
             f"transformers could not load {source!r}: {str(problem).strip().splitlines()[0]} "
             "Expected: a Whisper model with its processor, as a local folder or a checkpoint id "
             "that can be reached from here."
         ) from problem
+    start = processor.tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    if start != model.config.decoder_start_token_id:  # transformers makes an empty one up
+        raise ArgumentError(
+            f"{source!r} holds no tokenizer of its model: got {start} for the token that starts a "
+            f"transcript, expected {model.config.decoder_start_token_id}. Put the model's "
+            "tokenizer.json, or vocab.json and merges.txt, there."
+        )
     return Whisper("Whisper tiny.en" if which is None else which, model.eval(), processor)
 
 

@@ -140,6 +140,14 @@ def no_model(path: str) -> str:
     )
 
 
+def test_cut_weights_are_one_clear_line(run, tmp_path):
+    save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    status, _ = run("generate", "hello", "--model", str(tmp_path))
+    assert status.startswith(f"manyheads: transformers could not load {str(tmp_path)!r}")
+
+
 def test_a_folder_without_a_model_is_one_clear_line(run, tmp_path):
     status, _ = run("generate", "hello", "--model", str(tmp_path))
     assert status.startswith(f"manyheads: transformers could not load {str(tmp_path)!r}")

@@ -268,6 +268,7 @@ def _from_pretrained(
     try:
         import torch
         import transformers
+        from safetensors import SafetensorError
     except ImportError as missing:
         raise MissingDependencyError(
             f"loading a language model needs transformers ({missing}). "
@@ -285,7 +286,7 @@ def _from_pretrained(
         raise MissingDependencyError(
             f"reading {name} needs a package that is not installed: {missing}"
         ) from missing
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, SafetensorError) as problem:
         reason = str(problem).strip().splitlines()[0]
         raise FetchError(
             f"transformers could not load {source!r}: {reason} Expected: a causal language model "

@@ -160,6 +160,13 @@ def test_what_is_no_whole_picture_is_refused(tmp_path, name):
         read_picture(file)
 
 
+def test_sixteen_bits_are_scaled_not_cut(tmp_path):
+    values = np.array([[0, 500, 40_000, 65_535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    read = np.asarray(read_picture(tmp_path / "grey.png"))[0, :, 0]
+    np.testing.assert_allclose(read, values[0] / 257, atol=1)
+
+
 @pytest.mark.parametrize("most", [30, 50])  # Pillow refuses twice its limit, and warns above it
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, most):
     Image.new("L", (7, 11)).save(tmp_path / "large.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import sys
 import zipfile
@@ -198,6 +199,19 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FetchError, match=r"could not load.*Expected: a Whisper model"):
         whisper_model.load(str(tmp_path))
+
+
+def test_folders_that_are_not_whole(tmp_path: Path, folder: Path) -> None:
+    whole = shutil.copytree(folder, tmp_path / "model")
+    weights = (whole / "model.safetensors").read_bytes()
+    (whole / "model.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(FetchError, match=r"could not load.*Expected: a Whisper model"):
+        whisper_model.load(str(whole))
+    (whole / "model.safetensors").write_bytes(weights)
+    for file in whole.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(mh.ArgumentError, match=r"holds no tokenizer of its model.*Put"):
+        whisper_model.load(str(whole))
 
 
 # --- transcribing ---------------------------------------------------------------------------------

@@ -238,6 +238,13 @@ def test_a_folder_without_a_model_says_what_it_holds(folder):
         translate.Translator(folder=folder)
 
 
+def test_damaged_pieces_say_so(folder):
+    path = folder / "vocab.spm"
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(mh.ArgumentError, match=r"vocab\.spm is no whole SentencePiece model"):
+        translate.Translator(folder=folder)
+
+
 def test_measures_compare_with_stock_attention(folder, monkeypatch):
     sample = [("a red bird", "um"), ("the boat", "dois")]
     monkeypatch.setattr(translate, "django_sample", lambda: sample)
