@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from ctranslate2_file import Arrays, read_ctranslate2, renamed
 from fetching import package_file
+from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
     WhisperConfig,
