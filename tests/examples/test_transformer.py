@@ -160,6 +160,39 @@ def test_one_beam_is_greedy():
     assert torch.equal(searched, generate(model, prompt, 5, **options))
 
 
+def searched_without_caches(model, prompt, new_tokens, end, beams, length_penalty):
+    """Beam search as its definition says, all of every text read anew in every step."""
+
+    def rank(text, score):
+        return score / ((5 + len(text)) / 6) ** length_penalty
+
+    found = [((), 0.0)]
+    for _ in range(new_tokens):
+        longer = [one for one in found if one[0][-1:] == (end,)]
+        for text, score in (one for one in found if one[0][-1:] != (end,)):
+            steps = model(torch.tensor([[*prompt.tolist(), *text]]))[0, -1].log_softmax(-1)
+            longer += [((*text, t), score + float(step)) for t, step in enumerate(steps)]
+        found = sorted(longer, key=lambda one: -rank(*one))[:beams]
+    return list(found[0][0])
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 2.0])
+def test_few_beams_are_those_of_the_definition(length_penalty):
+    lengths = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, prompts = make().requires_grad_(False), tokens(3, 5)
+        for weight in model.parameters():
+            weight *= 2.5  # so that what was written matters
+        end = int(model(prompts)[0, -1].topk(3).indices[-1])  # likely, and not the likeliest
+        searched = beam_search(model, prompts, 7, end, beams=3, length_penalty=length_penalty)
+        for prompt, text in zip(prompts, searched.tolist(), strict=True):
+            expected = searched_without_caches(model, prompt, 7, end, 3, length_penalty)
+            assert text[: len(expected)] == expected and set(text[len(expected) :]) <= {end}
+            lengths.add(len(expected))
+    assert len(lengths) > 2
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6])
 def test_enough_beams_find_the_best_of_all_texts(length_penalty, seed):
