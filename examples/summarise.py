@@ -38,6 +38,7 @@ FOLDER = cache_folder() / "runs" / "summaries"
 SIZES = {"layers": (2, 2), "source_tokens": 80, "source_end": 24, "target_tokens": 24}
 SETTINGS = Settings(steps=1500, learning_rate=2e-3, warmup=200, weight_decay=0.05, bf16=True)
 BATCH = 64
+LENGTH_PENALTY = 1.5  # the best of 0.6, 1, 1.5 and 2 on validation pairs; at 0.6 texts are short
 PROMPT = "Summarise this text in one short line of at most eight words.\n\n"
 
 
@@ -139,7 +140,7 @@ def measures(
     seconds = time.process_time() - start
     texts, references = zip(*split.test, strict=True)
     ways = {
-        "trained": task.write(texts, beams),
+        "trained": task.write(texts, beams, LENGTH_PENALTY),
         f"first {words} words": [lead(text, words) for text in texts],
     }
     sample = range(0, len(texts), max(1, len(texts) // prompts))[:prompts]
@@ -182,7 +183,7 @@ def main(
             print(prompted(load_language_model(model), text))
         else:
             task = TextToText.load(folder, config(attention), **SIZES)
-            print(task.write([text], beams)[0])
+            print(task.write([text], beams, LENGTH_PENALTY)[0])
             if picture is not None:
                 draw(*task.alignment(text), picture)
     elif not train:

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from batches import Order
 from checkpoints import digest
 from generation import beam_search, generate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from training import Order, Row, Settings, load_weights, train
+from training import Row, Settings, load_weights, train
 from transformer import Config, Transformer
 
 import manyheads as mh
@@ -27,6 +28,7 @@ import manyheads as mh
 Pair = tuple[str, str]
 
 START, END, PADDING = 0, 1, 2
+EVEN = 256  # rows of logits are filled up to multiples: oneDNN compiles for every new size
 
 
 def learn_tokens(texts: Iterable[str], size: int) -> Tokenizer:
@@ -104,7 +106,8 @@ class TextToText:
             hidden = self.model.decode(target[:, :-1], memory, source_lengths)
             real = torch.arange(hidden.shape[1]) < target_lengths[:, None] - 1
             if self.model.copying is None:  # logits are the dearest part: then none of padding
-                logits = self.model.logits(hidden[real])
+                hidden = F.pad(hidden[real], (0, 0, 0, -int(real.sum()) % EVEN))
+                logits = self.model.logits(hidden)[: real.sum()]
             else:
                 logits = self.model.logits(hidden, memory, source_lengths, source)[real]
             return F.cross_entropy(logits.float(), target[:, 1:][real], label_smoothing=smoothing)
@@ -117,8 +120,10 @@ class TextToText:
         beside = {"tokenizer.json": tokens.encode()}
         return train(self.model, order, loss, settings, folder, data=data, beside=beside)
 
-    def write(self, texts: Sequence[str], beams: int = 1, batch: int = 32) -> list[str]:
-        """What the model makes of each text; one beam is greedy."""
+    def write(
+        self, texts: Sequence[str], beams: int = 1, length_penalty: float = 0.6, batch: int = 32
+    ) -> list[str]:
+        """What the model makes of each text; one beam is greedy. See `beam_search`."""
         sources = self.source(texts)
         order = sorted(range(len(texts)), key=lambda i: len(sources[i]))
         found: dict[int, str] = {}
@@ -128,7 +133,7 @@ class TextToText:
             start = torch.full((len(chosen), 1), START)
             with torch.inference_mode():
                 memory = self.model.encode(tokens, lengths)
-            search = {"beams": beams} if beams > 1 else {}
+            search = {"beams": beams, "length_penalty": length_penalty} if beams > 1 else {}
             method = beam_search if beams > 1 else generate
             written = method(
                 self.model, start, self.target_tokens, END,
@@ -183,9 +188,7 @@ def without_near_copies(
     Shared means |a & b| / |a | b| of the sets of words, digits left out: texts that differ by a
     version number or one word of ten are copies, and a model could answer them from memory.
     """
-    from sklearn.feature_extraction.text import (
-        CountVectorizer,
-    )  # slow to import, and used here only
+    from sklearn.feature_extraction.text import CountVectorizer  # slow: imported if used
 
     counter = CountVectorizer(binary=True, token_pattern=r"[^\W\d_]+")
     sources = [source for part in (known, held_out) for source, _ in part]

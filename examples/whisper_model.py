@@ -68,8 +68,9 @@ def load(which: str | None = None, attention: str = "manyheads") -> Whisper:
             source, dtype=torch.float32, attn_implementation=attention
         )
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as problem:
+        reason = " ".join(str(problem).split())
         raise FetchError(
-            f"transformers could not load {source!r}: {str(problem).strip().splitlines()[0]} "
+            f"transformers could not load {source!r}: {reason} "
             "Expected: a Whisper model with its processor, as a local folder or a checkpoint id "
             "that can be reached from here."
         ) from problem

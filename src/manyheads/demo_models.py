@@ -296,7 +296,7 @@ def _from_pretrained(
             f"reading {name} needs a package that is not installed: {missing}"
         ) from missing
     except (OSError, ValueError, SafetensorError) as problem:
-        reason = str(problem).strip().splitlines()[0]
+        reason = " ".join(str(problem).split())
         raise FetchError(
             f"transformers could not load {source!r}: {reason} Expected: a causal language model "
             "with its tokenizer, as a local folder, a .gguf file, or a checkpoint id that can be "
