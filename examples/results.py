@@ -1,6 +1,6 @@
 """Measure all examples, and write what was found to examples/RESULTS.md.
 
-    python examples/results.py                   # everything: some 45 minutes on 2 cores
+    python examples/results.py                   # everything: some 40 minutes on 2 cores
     python examples/results.py images speech     # some; what the page says of the others stays
     python examples/results.py generation-chat   # one part of one
 

@@ -1,9 +1,9 @@
 """Shorten texts: a small model trained on Debian's package descriptions, and SmolLM2 prompted.
 
     python examples/summarise.py --train                   # some 10 minutes on 2 cores
-    python examples/summarise.py README.md                 # by the trained model
-    python examples/summarise.py README.md --smollm2       # by SmolLM2-135M, prompted
-    python examples/summarise.py README.md --model folder-or-owner/name
+    python examples/summarise.py FILE                      # by the trained model
+    python examples/summarise.py FILE      --smollm2       # by SmolLM2-135M, prompted
+    python examples/summarise.py FILE --model folder-or-owner/name
 
 Every Debian package has a long description and a one-line summary: 45,000 pairs. What the model
 writes for packages it has not seen is measured by ROUGE-L (Lin, 2004), beside the first words of

@@ -1,6 +1,6 @@
 """Train English to German from nothing on Debian's translated package descriptions.
 
-    python examples/train_translation.py --train                       # some 15 minutes on 2 cores
+    python examples/train_translation.py --train                       # some 10 minutes on 2 cores
     python examples/train_translation.py "development files for the library"
     python examples/train_translation.py --train --pairs my.tsv --folder mine
 
