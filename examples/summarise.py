@@ -2,7 +2,7 @@
 
     python examples/summarise.py --train                   # some 10 minutes on 2 cores
     python examples/summarise.py FILE                      # by the trained model
-    python examples/summarise.py FILE      --smollm2       # by SmolLM2-135M, prompted
+    python examples/summarise.py FILE --smollm2            # by SmolLM2-135M, prompted
     python examples/summarise.py FILE --model folder-or-owner/name
 
 Every Debian package has a long description and a one-line summary: 45,000 pairs. What the model
