@@ -1,4 +1,4 @@
-"""Which rows of the data each step of a training sees."""
+"""Which rows of the data each step of a training sees, and in tensors of which sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+EVEN = 256  # oneDNN compiles its bfloat16 products for every new number of rows, and keeps them
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,8 @@ class Order:
             rows = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
         batches = rows.view(-1, self.batch_size)
         return batches[torch.randperm(len(batches), generator=random)]
+
+
+def even_rows(rows: Tensor) -> Tensor:
+    """[N, E], and rows of zeros behind it up to a multiple of EVEN."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % EVEN))

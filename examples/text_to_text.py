@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from batches import Order
+from batches import Order, even_rows
 from checkpoints import digest
 from generation import beam_search, generate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +28,6 @@ import manyheads as mh
 Pair = tuple[str, str]
 
 START, END, PADDING = 0, 1, 2
-EVEN = 256  # rows of logits are filled up to multiples: oneDNN compiles for every new size
 
 
 def learn_tokens(texts: Iterable[str], size: int) -> Tokenizer:
@@ -106,8 +105,7 @@ class TextToText:
             hidden = self.model.decode(target[:, :-1], memory, source_lengths)
             real = torch.arange(hidden.shape[1]) < target_lengths[:, None] - 1
             if self.model.copying is None:  # logits are the dearest part: then none of padding
-                hidden = F.pad(hidden[real], (0, 0, 0, -int(real.sum()) % EVEN))
-                logits = self.model.logits(hidden)[: real.sum()]
+                logits = self.model.logits(even_rows(hidden[real]))[: real.sum()]
             else:
                 logits = self.model.logits(hidden, memory, source_lengths, source)[real]
             return F.cross_entropy(logits.float(), target[:, 1:][real], label_smoothing=smoothing)

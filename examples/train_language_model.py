@@ -24,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from batches import Order
+from batches import EVEN, Order, even_rows
 from checkpoints import CheckpointError, digest
 from corpus import END, Corpus, debian, prepare, texts_of
 from generation import generate
@@ -42,7 +42,6 @@ LAYERS, CONFIG = 4, Config(dim=192, heads=4, dropout=0.0)
 SETTINGS = Settings(steps=1200, learning_rate=3e-3, bf16=True, evaluate_every=300)
 SHORT = Settings(steps=100, learning_rate=3e-3, bf16=True, warmup=30)  # to compare
 TEXTS_PER_STEP = 16
-EVEN = 256  # rows are filled up to multiples: oneDNN compiles its products for every new size
 PROMPTS = ("library for ", "This package contains the ", "A simple game in which ")
 
 
@@ -61,7 +60,7 @@ def padded(model: Transformer, texts: list[Tensor]) -> Tensor:
     tokens = F.pad(tokens, (0, -tokens.shape[1] % (EVEN // TEXTS_PER_STEP)))
     lengths = torch.tensor([len(text) - 1 for text in texts])
     hidden = model.decode(tokens)[torch.arange(tokens.shape[1]) < lengths[:, None]]
-    return losses(model, F.pad(hidden, (0, 0, 0, -len(hidden) % EVEN)), texts)
+    return losses(model, even_rows(hidden), texts)
 
 
 def losses(model: Transformer, hidden: Tensor, texts: list[Tensor]) -> Tensor:
@@ -104,7 +103,6 @@ def learn(
     model = Transformer(corpus.tokenizer.get_vocab_size(), config, decoder_layers=LAYERS)
     nats: Callable[..., Tensor] = packed if attention == "manyheads" else padded
     held_out = corpus.validation[:320]
-    texts = {"tokens": torch.cat(corpus.train)}  # each begins and ends with END
     start = time.process_time()
     train(
         model,
@@ -113,7 +111,8 @@ def learn(
         settings,
         folder,
         evaluate=lambda: {"validation": nats_per_token(model, held_out)} if folder else {},
-        data=digest(texts, corpus.tokenizer.to_str()),
+        # each text begins and ends with END, which tells where they are cut
+        data=digest({"tokens": torch.cat(corpus.train)}, corpus.tokenizer.to_str()),
     )
     return model, time.process_time() - start
 

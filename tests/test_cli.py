@@ -148,6 +148,17 @@ def test_cut_weights_are_one_clear_line(run, tmp_path):
     assert status.startswith(f"manyheads: transformers could not load {str(tmp_path)!r}")
 
 
+def test_a_reason_of_many_lines_is_told_whole(run, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    def fail(*arguments, **options):
+        raise ValueError("no tokenizer in one of:\n(1) a file,\n(2) a class.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    status, _ = run("generate", "hello", "--model", str(tmp_path))
+    assert "no tokenizer in one of: (1) a file, (2) a class. Expected: a causal" in status
+
+
 def test_a_folder_without_a_model_is_one_clear_line(run, tmp_path):
     status, _ = run("generate", "hello", "--model", str(tmp_path))
     assert status.startswith(f"manyheads: transformers could not load {str(tmp_path)!r}")
